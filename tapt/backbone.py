@@ -1,0 +1,309 @@
+"""Frozen CLIP models: loading, preprocessing and tokenising."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import open_clip
+import torch
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import TextTransformer, VisionTransformer
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torchvision.transforms import Compose, Normalize, ToTensor
+
+from tapt.errors import BackboneError, InputError
+from tapt.hub import snapshot
+from tapt.images import to_uint8
+
+EMBEDDED = Path(__file__).resolve().parents[1] / "prompts"
+OPENAI_NAMES = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
+CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A frozen CLIP in eval mode. It takes [0, 1] pixels; normalisation happens inside.
+
+    name: what `load_backbone` was asked for.
+    model: the open_clip model, no parameter requires grad.
+    tokenizer: sentences -> (N, context) token ids.
+    source: where the weights come from (`hf-hub:owner/repo`, `tiny`, `random:ViT-B-16`, ...).
+    revision: commit of that source, None when it has none.
+    sha256: of the weight file, None for random weights.
+    """
+
+    name: str
+    model: nn.Module
+    tokenizer: Callable[..., Tensor]
+    source: str
+    revision: str | None
+    sha256: str | None
+
+    @property
+    def visual(self) -> VisionTransformer:
+        return self.model.visual
+
+    @property
+    def text(self) -> nn.Module:
+        """The module that holds the text tower (plain CLIP keeps it on the model itself)."""
+        return getattr(self.model, "text", self.model)
+
+    @property
+    def image_size(self) -> int:
+        size = self.visual.image_size
+        return size[0] if isinstance(size, (tuple, list)) else size
+
+    @property
+    def context_length(self) -> int:
+        return self.text.context_length
+
+    @property
+    def visual_width(self) -> int:
+        return self.visual.transformer.width
+
+    @property
+    def text_width(self) -> int:
+        return self.text.transformer.width
+
+    @property
+    def visual_blocks(self) -> int:
+        return len(self.visual.transformer.resblocks)
+
+    @property
+    def text_blocks(self) -> int:
+        return len(self.text.transformer.resblocks)
+
+    @property
+    def image_tokens(self) -> int:
+        """Class token and patch tokens, without prompts."""
+        return self.visual.positional_embedding.shape[0]
+
+    @property
+    def architecture(self) -> dict[str, int]:
+        """What prompts and statistics depend on; two backbones that differ here never share."""
+        return {
+            "image_size": self.image_size,
+            "image_tokens": self.image_tokens,
+            "visual_width": self.visual_width,
+            "visual_blocks": self.visual_blocks,
+            "text_width": self.text_width,
+            "text_blocks": self.text_blocks,
+            "context_length": self.context_length,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.visual.positional_embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.visual.positional_embedding.dtype
+
+    @property
+    def logit_scale(self) -> Tensor:
+        return self.model.logit_scale.exp()
+
+    @cached_property
+    def _normalization(self) -> tuple[Tensor, Tensor]:
+        cfg = self.visual.preprocess_cfg
+        return tuple(
+            torch.tensor(cfg[key], device=self.device, dtype=self.dtype)[:, None, None]
+            for key in ("mean", "std")
+        )
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """[0, 1] pixels -> what the first convolution expects, (N, 3, H, W)."""
+        mean, std = self._normalization
+        return (images.to(self.dtype) - mean) / std
+
+    @cached_property
+    def _resize_and_crop(self) -> Compose:
+        steps = image_transform_v2(PreprocessCfg(**self.visual.preprocess_cfg), is_train=False)
+        return Compose([s for s in steps.transforms if not isinstance(s, (ToTensor, Normalize))])
+
+    def preprocess(self, image: Image.Image) -> Tensor:
+        """Resizes and crops with PIL to the model's input: uint8, (3, S, S).
+
+        It stays 8-bit so that L-inf can be checked in integers and a PNG keeps an attack.
+        """
+        return to_uint8(self._resize_and_crop(_limit_aspect(image.convert("RGB"))))
+
+    def tokenize(self, sentences: Sequence[str], *, cut: bool = True) -> Tensor:
+        """Token ids, (N, L).
+
+        cut: end after the longest sentence instead of padding to the full context, which is
+            exact where attention is causal and features come from the EOT position.
+
+        Raises:
+            InputError: a sentence does not fit the context; nothing is ever truncated.
+        """
+        context = self.context_length
+        tokens = self.tokenizer(list(sentences), context_length=4 * context)
+        lengths = (tokens != getattr(self.text, "pad_id", 0)).sum(1)
+        if int(lengths.max()) > context:
+            worst = sentences[int(lengths.argmax())]
+            shown = worst if len(worst) <= 80 else worst[:77] + "..."
+            raise InputError(
+                f'"{shown}" has {int(lengths.max()) - 2} tokens; '
+                f"this model reads at most {context - 2} per sentence."
+            )
+        length = int(lengths.max()) if cut and self._may_cut else context
+        return tokens[:, :length].to(self.device)
+
+    @property
+    def _may_cut(self) -> bool:
+        text = self.text
+        pool = getattr(text, "pool_type", None) or getattr(self.model, "text_pool_type", "argmax")
+        causal = text.attn_mask is not None
+        return causal and getattr(text, "cls_emb", None) is None and pool in ("argmax", "eos")
+
+
+def _limit_aspect(image: Image.Image, limit: int = 8) -> Image.Image:
+    """Cuts the far ends off a very elongated image, so that resizing its short side cannot
+    exhaust memory; the central crop that follows never sees those ends."""
+    width, height = image.size
+    short = min(width, height)
+    if max(width, height) <= limit * short:
+        return image
+    w, h = min(width, limit * short), min(height, limit * short)
+    left, top = (width - w) // 2, (height - h) // 2
+    return image.crop((left, top, left + w, top + h))
+
+
+def load_backbone(
+    name: str,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+) -> Backbone:
+    """Loads a CLIP, frozen and in eval mode.
+
+    name: `tiny` (embedded); `ViT-B-32`, `ViT-B-16` or `ViT-L-14` with OpenAI's weights; any
+        `architecture:tag` of open_clip; `hf-hub:owner/repo`; `local-dir:path`;
+        `random:architecture` for untrained weights, on purpose.
+    revision: branch, tag or commit of a Hub repo.
+    device: default CUDA, then MPS, then CPU, whichever is there.
+    dtype: default float32.
+
+    Raises:
+        BackboneError: unknown name, missing weights, or a tower that cannot take prompts.
+    """
+    kind, _, rest = name.partition(":")
+    commit, sha256 = None, None
+    if kind == "random":
+        model, tokenizer = _build_random(rest), _tokenizer(rest)
+    elif kind in ("tiny", "local-dir"):
+        folder = EMBEDDED / "tiny" / "backbone" if kind == "tiny" else Path(rest).expanduser()
+        model, tokenizer, sha256 = _load_folder(folder, name)
+    elif kind == "hf-hub":
+        folder, commit = snapshot(rest, [CONFIG_FILE, WEIGHTS_FILE], revision)
+        model, tokenizer, sha256 = _load_folder(folder, name)
+    else:
+        model, tokenizer, sha256, commit = _load_tag(kind, rest or "openai", revision)
+    _check_towers(model, name)
+    model.requires_grad_(False).eval()
+    model.to(device=torch.device(device or default_device()), dtype=dtype or torch.float32)
+    return Backbone(name, model, tokenizer, name, commit, sha256)
+
+
+def default_device() -> str:
+    """`cuda`, `mps` or `cpu`, the first that is there."""
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _build_random(architecture: str) -> nn.Module:
+    if architecture not in open_clip.list_models():
+        raise BackboneError(f"open_clip has no architecture {architecture!r}.")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return open_clip.create_model(architecture)
+
+
+def _tokenizer(name: str) -> Callable[..., Tensor]:
+    try:
+        return open_clip.get_tokenizer(name)
+    except (ImportError, OSError, RuntimeError) as error:
+        raise BackboneError(f"The tokenizer of {name!r} could not be loaded.") from error
+
+
+def _load_folder(folder: Path, name: str) -> tuple[nn.Module, Callable[..., Tensor], str]:
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise BackboneError(f"Backbone {name!r} has no {file}.")
+    _check_safetensors(folder / WEIGHTS_FILE, name)
+    try:
+        model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        raise BackboneError(f"The weights of {name!r} do not fit its {CONFIG_FILE}.") from error
+    return model, _tokenizer(f"local-dir:{folder}"), file_sha256(folder / WEIGHTS_FILE)
+
+
+def _load_tag(
+    architecture: str, tag: str, revision: str | None
+) -> tuple[nn.Module, Callable[..., Tensor], str, str]:
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag not in tags:
+        known = ", ".join(tags) or "none; see open_clip.list_pretrained()"
+        raise BackboneError(
+            f"Backbone '{architecture}:{tag}' is unknown. Use tiny, {', '.join(OPENAI_NAMES)}, "
+            f"architecture:tag, hf-hub:owner/repo, local-dir:path or random:architecture. "
+            f"Tags of {architecture!r}: {known}."
+        )
+    cfg = open_clip.get_pretrained_cfg(architecture, tag)
+    repo, file = cfg.get("hf_hub", "").rsplit("/", 1)
+    file = file if file.endswith(".safetensors") else WEIGHTS_FILE
+    folder, commit = snapshot(repo, [file], revision)
+    _check_safetensors(folder / file, f"{architecture}:{tag}")
+    # OpenAI's weights were trained with QuickGELU; the plain architecture would only warn
+    model, _ = open_clip.create_model_from_pretrained(
+        architecture,
+        pretrained=str(folder / file),
+        force_quick_gelu=bool(cfg.get("quick_gelu")),
+        image_mean=cfg.get("mean"),
+        image_std=cfg.get("std"),
+        image_interpolation=cfg.get("interpolation"),
+        image_resize_mode=cfg.get("resize_mode"),
+    )
+    return model, _tokenizer(architecture), file_sha256(folder / file), commit
+
+
+def _check_safetensors(path: Path, name: str) -> None:
+    # open_clip falls through to a pickle when this file cannot be read
+    try:
+        with safe_open(path, "pt") as file:
+            file.keys()
+    except (SafetensorError, OSError) as error:
+        raise BackboneError(
+            f"{path.name} of {name!r} is not a complete safetensors file."
+        ) from error
+
+
+def _check_towers(model: nn.Module, name: str) -> None:
+    text = getattr(model, "text", model)
+    for tower, module, kind in (
+        ("image", model.visual, VisionTransformer),
+        ("text", text, (TextTransformer, open_clip.CLIP)),
+    ):
+        if not isinstance(module, kind):
+            raise BackboneError(
+                f"The {tower} tower of {name!r} is a {type(module).__name__} without open_clip "
+                "transformer blocks; prompts cannot go in. Choose a CLIP with ViT towers."
+            )
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file, as hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()

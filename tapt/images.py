@@ -1,0 +1,95 @@
+"""Pictures in and out: any readable file becomes 8-bit RGB, or one clear sentence."""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from tapt.errors import InputError
+
+MAX_PIXELS = 25_000_000
+
+
+def open_image(source: str | os.PathLike | bytes) -> Image.Image:
+    """Reads a picture as RGB: EXIF rotation applied, transparency on white, 16-bit rescaled,
+    the first frame of an animation.
+
+    Raises:
+        InputError: missing, not a picture, damaged, or larger than 25 megapixels.
+    """
+    try:
+        data = source if isinstance(source, bytes) else Path(source).read_bytes()
+    except OSError as error:
+        raise InputError(f"There is no readable file {Path(source).name!r}.") from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(io.BytesIO(data))
+            check_size(image)
+            image.load()
+    except Image.DecompressionBombError as error:
+        raise InputError(_too_large()) from error
+    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as error:
+        raise InputError(
+            "This file is not a readable picture. Use a PNG, JPEG, WebP, GIF, BMP or TIFF file."
+        ) from error
+    return to_rgb(image)
+
+
+def check_size(image: Image.Image) -> None:
+    """Refuses a picture by its header, before any pixel is decoded."""
+    if image.width * image.height > MAX_PIXELS:
+        raise InputError(_too_large())
+
+
+def _too_large() -> str:
+    return f"This picture is too large: at most {MAX_PIXELS // 1_000_000} megapixels are allowed."
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """8-bit RGB of a decoded picture in any mode."""
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey, clipped by PIL's convert
+        values = np.asarray(image, dtype=np.float64)
+        scale = 255 / 65535 if values.max(initial=0) > 255 else 1.0
+        image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
+    if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
+
+
+def to_uint8(image: Image.Image) -> Tensor:
+    """An RGB picture as a uint8 tensor, (3, H, W)."""
+    return torch.from_numpy(np.array(image.convert("RGB"))).permute(2, 0, 1).contiguous()
+
+
+def to_float(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """uint8 -> [0, 1]."""
+    return pixels.to(dtype) / 255
+
+
+def to_picture(pixels: Tensor) -> Image.Image:
+    """A uint8 tensor (3, H, W) as a PIL picture."""
+    return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+
+def amplified_difference(attacked: Tensor, clean: Tensor) -> tuple[Image.Image, int]:
+    """The perturbation around mid-grey, scaled so that its largest entry reaches full range.
+
+    attacked, clean: uint8, (3, H, W).
+
+    Returns:
+        The picture and the scale that was used.
+    """
+    delta = attacked.int() - clean.int()
+    scale = max(1, 127 // max(1, int(delta.abs().max())))
+    return to_picture((delta * scale + 128).clamp(0, 255).to(torch.uint8)), scale

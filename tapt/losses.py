@@ -1,0 +1,88 @@
+"""Entropy, view selection and alignment of token statistics (TAPT, sections 3.2 and 3.3)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class TokenStatistics:
+    """Mean and variance of the residual stream at the input of every block, per token.
+
+    mean, var: (blocks, tokens, width).
+    """
+
+    mean: Tensor
+    var: Tensor
+
+    def to(self, device: torch.device, dtype: torch.dtype) -> TokenStatistics:
+        """The same statistics on another device or in another type."""
+        return TokenStatistics(self.mean.to(device, dtype), self.var.to(device, dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class Statistics:
+    """What the alignment loss pulls towards: statistics under the adversarially tuned prompts
+    and under the clean-tuned prompts."""
+
+    adversarial: TokenStatistics
+    clean: TokenStatistics
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Softmax entropy in nats over the last dimension."""
+    log_p = logits.log_softmax(-1)
+    return -(log_p.exp() * log_p).sum(-1)
+
+
+def mean_probability(logits: Tensor) -> Tensor:
+    """Mean softmax over the views: (..., K, C) -> (..., C)."""
+    return logits.softmax(-1).mean(-2)
+
+
+def multi_view_entropy(logits: Tensor) -> Tensor:
+    """Entropy of the mean probability over the kept views: (..., K, C) -> (...)."""
+    # log of the mean without leaving log space: a class with probability 0 has no nan gradient
+    log_mean = logits.log_softmax(-1).logsumexp(-2) - torch.log(
+        torch.tensor(float(logits.shape[-2]), device=logits.device, dtype=logits.dtype)
+    )
+    return -(log_mean.exp() * log_mean).sum(-1)
+
+
+def select_views(entropies: Tensor, keep: float) -> Tensor:
+    """Indices of the `int(V * keep)` most confident views, at least one: (..., V) -> (..., K)."""
+    count = max(1, int(entropies.shape[-1] * keep))
+    return entropies.topk(count, dim=-1, largest=False, sorted=True).indices
+
+
+def view_statistics(taps: Sequence[Tensor], images: int) -> TokenStatistics:
+    """Mean and population variance over each image's kept views.
+
+    taps: per block (images * K, tokens, width).
+
+    Returns:
+        Tensors of shape (blocks, images, tokens, width).
+    """
+    grouped = [tap.view(images, -1, *tap.shape[1:]) for tap in taps]  # (M, K, T, W)
+    mean = torch.stack([g.mean(1) for g in grouped])
+    var = torch.stack([g.var(1, unbiased=False) for g in grouped])
+    return TokenStatistics(mean, var)
+
+
+def alignment(observed: TokenStatistics, target: TokenStatistics, blocks: Sequence[int]) -> Tensor:
+    """Distance to the target statistics, per block and image.
+
+    observed: (blocks, M, tokens, width); target: (all blocks, tokens, width).
+
+    Returns:
+        (blocks, M); the loss sums it over the blocks.
+    """
+    index = list(blocks)
+    mean, var = target.mean[index].unsqueeze(1), target.var[index].unsqueeze(1)
+    by_mean = (observed.mean - mean).abs().mean((-2, -1))
+    by_var = (observed.var - var).abs().mean((-2, -1))
+    return 0.5 * by_mean + 0.5 * by_var

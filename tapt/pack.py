@@ -1,0 +1,249 @@
+"""Packs: trained prompts with their statistics and settings, as JSON and safetensors.
+
+config.json             what the prompts are, for which backbone, how they were made
+prompts.safetensors     the prompt parameters
+statistics.safetensors  token statistics under adversarially and clean-tuned prompts
+README.md               the model card
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import tempfile
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tapt.backbone import EMBEDDED, Backbone
+from tapt.errors import InputError, PackError
+from tapt.losses import Statistics, TokenStatistics
+from tapt.prompts import PromptConfig, Prompts, init_prompts
+from tapt.tuning import TuneConfig
+
+FORMAT, VERSION = "tapt-pack", 1
+CONFIG, PROMPTS, STATISTICS, CARD = (
+    "config.json",
+    "prompts.safetensors",
+    "statistics.safetensors",
+    "README.md",
+)
+MAX_CONFIG_BYTES = 1_000_000
+
+
+@dataclass(frozen=True, eq=False)
+class Pack:
+    """prompts: the static prompts that every image starts from.
+    statistics: None for untrained prompts; the alignment term is then left out.
+    test_time: settings that were chosen for these prompts.
+    name: as asked for, `tiny/vli` or a folder.
+    base_model: source, revision, sha256, architecture, mean and std of the backbone.
+    training, evaluation: how the prompts were made, and their measured accuracy.
+    """
+
+    prompts: Prompts
+    statistics: Statistics | None
+    test_time: TuneConfig
+    name: str
+    base_model: dict
+    training: dict = field(default_factory=dict)
+    evaluation: list = field(default_factory=list)
+
+    @property
+    def trained(self) -> bool:
+        return self.statistics is not None
+
+
+def base_model(backbone: Backbone) -> dict:
+    """The backbone as a pack's config names it."""
+    cfg = backbone.visual.preprocess_cfg
+    return {
+        "source": backbone.source,
+        "revision": backbone.revision,
+        "sha256": backbone.sha256,
+        "architecture": backbone.architecture,
+        "mean": list(cfg["mean"]),
+        "std": list(cfg["std"]),
+    }
+
+
+def untrained_pack(backbone: Backbone, design: str = "VLI") -> Pack:
+    """Untrained prompts with the published layout, as far as the backbone has blocks, and the
+    entropy term alone: what there is to show before somebody trained prompts."""
+    depth = min(9, backbone.visual_blocks, backbone.text_blocks)
+    prompts = init_prompts(backbone, PromptConfig(design, 2, depth))
+    return Pack(prompts, None, TuneConfig(), "untrained prompts", base_model(backbone))
+
+
+def embedded_packs(backbone_name: str) -> list[str]:
+    """Names of the packs that come with the project for a backbone."""
+    folders = sorted((EMBEDDED / backbone_name).glob(f"*/{CONFIG}"))
+    return [f"{backbone_name}/{path.parent.name}" for path in folders]
+
+
+def load_pack(source: str | os.PathLike, backbone: Backbone) -> Pack:
+    """Loads and checks a pack.
+
+    source: an embedded name (`tiny/vli`) or a folder.
+
+    Raises:
+        PackError: missing, malformed, or made for another backbone; the message says which.
+    """
+    name = str(source)
+    known = {n for folder in EMBEDDED.iterdir() for n in embedded_packs(folder.name)}
+    folder = EMBEDDED / name if name in known else Path(name).expanduser()
+    if not folder.is_dir():
+        raise PackError(f"There is no pack {name!r}: use {', '.join(sorted(known))} or a folder.")
+    config = _read_config(folder, name)
+    _check_backbone(config["base_model"], backbone, name)
+    try:
+        prompt_config = PromptConfig(**config["prompts"])
+        test_time = TuneConfig(**config["test_time"])
+        shapes = prompt_config.shapes(backbone)
+    except (TypeError, InputError) as error:
+        raise PackError(f"{CONFIG} of pack {name!r}: {error}") from error
+    tensors = _read_tensors(folder / PROMPTS, shapes, name)
+    prompts = Prompts(prompt_config, tensors).map(lambda t: t.to(backbone.device, backbone.dtype))
+    values = _read_tensors(folder / STATISTICS, statistics_shapes(backbone, prompt_config), name)
+    statistics = Statistics(
+        TokenStatistics(values["adversarial.mean"], values["adversarial.var"]),
+        TokenStatistics(values["clean.mean"], values["clean.var"]),
+    )
+    return Pack(
+        prompts,
+        statistics,
+        test_time,
+        name,
+        config["base_model"],
+        config["training"],
+        config["evaluation"],
+    )
+
+
+def save_pack(pack: Pack, folder: str | os.PathLike, card: str) -> None:
+    """Writes a pack; each file is written aside, then renamed, config.json last."""
+    if pack.statistics is None:
+        raise PackError("A pack needs the statistics of both prompt sets.")
+    statistics = {
+        f"{part}.{key}": getattr(getattr(pack.statistics, part), key)
+        for part in ("adversarial", "clean")
+        for key in ("mean", "var")
+    }
+    config = {
+        "format": FORMAT,
+        "version": VERSION,
+        "base_model": pack.base_model,
+        "prompts": pack.prompts.config.to_dict(),
+        "test_time": pack.test_time.to_dict(),
+        "training": pack.training,
+        "evaluation": pack.evaluation,
+    }
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_file(folder / PROMPTS, save(_storable(dict(pack.prompts.tensors))))
+    write_file(folder / STATISTICS, save(_storable(statistics)))
+    write_file(folder / CARD, card.encode())
+    write_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Writes aside, then renames: a reader sees the old file or the whole new one."""
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+
+
+def statistics_shapes(backbone: Backbone, config: PromptConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of the four statistics tensors."""
+    tokens = backbone.image_tokens + config.tokens
+    shape = (backbone.visual_blocks, tokens, backbone.visual_width)
+    return {f"{part}.{key}": shape for part in ("adversarial", "clean") for key in ("mean", "var")}
+
+
+def _storable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in tensors.items()}
+
+
+def _read_config(folder: Path, name: str) -> dict:
+    path = folder / CONFIG
+    try:
+        if path.stat().st_size > MAX_CONFIG_BYTES:
+            raise PackError(f"{CONFIG} of pack {name!r} is larger than 1 MB.")
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise PackError(f"Pack {name!r} has no {CONFIG}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise PackError(f"{CONFIG} of pack {name!r} is not valid JSON.") from error
+    if not isinstance(config, dict) or config.get("format") != FORMAT:
+        raise PackError(f'{CONFIG} of pack {name!r} does not say "format": "{FORMAT}".')
+    if config.get("version") != VERSION:
+        raise PackError(
+            f"Pack {name!r} has format version {config.get('version')!r}; "
+            f"this program reads version {VERSION}."
+        )
+    for key, kind in (
+        ("base_model", dict),
+        ("prompts", dict),
+        ("test_time", dict),
+        ("training", dict),
+        ("evaluation", list),
+    ):
+        if not isinstance(config.get(key), kind):
+            raise PackError(f"{CONFIG} of pack {name!r} lacks {key!r}.")
+    allowed = {f.name for f in fields(TuneConfig)}
+    unknown = sorted(set(config["test_time"]) - allowed)
+    if unknown:
+        raise PackError(f"{CONFIG} of pack {name!r} has unknown test_time keys {unknown}.")
+    return config
+
+
+def _check_backbone(wanted: dict, backbone: Backbone, name: str) -> None:
+    right = wanted.get("source")
+    if wanted.get("architecture") != backbone.architecture:
+        raise PackError(
+            f"Pack {name!r} was made for backbone {right!r}; "
+            f"{backbone.name!r} has another architecture."
+        )
+    if wanted.get("sha256") != backbone.sha256:
+        raise PackError(
+            f"Pack {name!r} was made for backbone {right!r}; "
+            f"the weights of {backbone.name!r} are different ones."
+        )
+
+
+def _read_tensors(path: Path, shapes: dict[str, tuple[int, ...]], name: str) -> dict[str, Tensor]:
+    """Reads exactly the tensors of `shapes`; header first, values after."""
+    where = f"{path.name} of pack {name!r}"
+    try:
+        with safe_open(path, "pt") as file:
+            keys = set(file.keys())
+            for word, wrong in (("lacks", set(shapes) - keys), ("has unknown", keys - set(shapes))):
+                if wrong:
+                    raise PackError(f"{where} {word} {', '.join(sorted(wrong))}.")
+            for key, shape in shapes.items():
+                entry = file.get_slice(key)
+                if entry.get_dtype() != "F32":
+                    raise PackError(f"{where}: {key} must be F32, got {entry.get_dtype()}.")
+                if tuple(entry.get_shape()) != shape:
+                    raise PackError(
+                        f"{where}: {key} must have shape {shape}, got {tuple(entry.get_shape())}."
+                    )
+            tensors = {key: file.get_tensor(key) for key in shapes}
+    except FileNotFoundError as error:
+        raise PackError(f"Pack {name!r} has no {path.name}.") from error
+    except (SafetensorError, OSError) as error:
+        raise PackError(f"{where} is not a complete safetensors file.") from error
+    for key, tensor in tensors.items():
+        if not torch.isfinite(tensor).all():
+            raise PackError(f"{where}: {key} has values that are not finite.")
+    return tensors

@@ -1,0 +1,121 @@
+"""CLIP's two towers with prompts as an argument (V, VLI and VLJ, MaPLe-style deep prompts).
+
+Both functions run open_clip's own blocks and give exactly what `encode_image` and `encode_text`
+give when there are no prompts. Nothing is stored on the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from open_clip.transformer import text_global_pool
+from torch import Tensor, nn
+
+from tapt.backbone import Backbone
+
+
+def encode_image(
+    backbone: Backbone,
+    images: Tensor,
+    prompts: Tensor | None = None,
+    *,
+    tap: Sequence[int] = (),
+) -> tuple[Tensor, list[Tensor]]:
+    """Image features under visual prompts.
+
+    images: (N, 3, S, S) in [0, 1].
+    prompts: (D, n, width) for all images, or (G, D, n, width) where N is a multiple of G and
+        each run of N / G images has prompts of its own. The n tokens stand behind the patch
+        tokens; block d < D sees its own set, later blocks see what block D - 1 made of them.
+    tap: blocks whose input is returned, prompt tokens in place.
+
+    Returns:
+        Features before L2 normalisation, (N, E), and one (N, tokens, width) tensor per tap.
+    """
+    visual = backbone.visual
+    x = visual._embeds(backbone.normalize(images))  # (N, 1 + patches, width)
+    depth, count = (0, 0) if prompts is None else prompts.shape[-3:-1]
+    taps = []
+    for index, block in enumerate(visual.transformer.resblocks):
+        if index < depth:
+            tokens = _per_item(prompts[..., index, :, :], len(x))  # (N, n, width)
+            if index == 0:
+                # LayerNorm acts per token: normalised here as if concatenated before ln_pre
+                x = torch.cat([x, visual.ln_pre(tokens)], dim=1)
+            else:
+                x = torch.cat([x[:, :-count], tokens], dim=1)
+        if index in tap:
+            taps.append(x)
+        x = _run_block(visual.transformer, block, x)
+    if count:
+        x = x[:, :-count]
+    pooled, _ = visual._pool(x)
+    return pooled if visual.proj is None else pooled @ visual.proj, taps
+
+
+def encode_text(backbone: Backbone, tokens: Tensor, prompts: Tensor | None = None) -> Tensor:
+    """Text features under text prompts.
+
+    tokens: (C, L) ids from `Backbone.tokenize`.
+    prompts: (D, n, width), or (G, D, n, width) for G sets at once. They take positions 1..n.
+
+    Returns:
+        Features before L2 normalisation: (C, E), or (G, C, E) for G sets.
+    """
+    if prompts is not None and prompts.ndim == 4:
+        groups = len(prompts)
+        features = _encode_text(backbone, tokens.repeat(groups, 1), prompts)
+        return features.view(groups, len(tokens), -1)
+    return _encode_text(backbone, tokens, prompts)
+
+
+def _encode_text(backbone: Backbone, tokens: Tensor, prompts: Tensor | None) -> Tensor:
+    text = backbone.text
+    x, mask = _embed_text(text, tokens)  # (C, L, width)
+    depth, count = (0, 0) if prompts is None else prompts.shape[-3:-1]
+    for index, block in enumerate(text.transformer.resblocks):
+        if index < depth:
+            context = _per_item(prompts[..., index, :, :], len(x))  # (C, n, width)
+            if index == 0:
+                context = context + text.positional_embedding[1 : 1 + count].to(x.dtype)
+            x = torch.cat([x[:, :1], context, x[:, 1 + count :]], dim=1)
+        x = _run_block(text.transformer, block, x, mask)
+    if getattr(text, "cls_emb", None) is not None:  # CoCa: the last token, normalised after
+        pooled = text.ln_final(text_global_pool(x, pool_type="last"))
+    else:
+        pool_type = getattr(text, "pool_type", None) or text.text_pool_type
+        eos = getattr(text, "eos_id", getattr(text, "text_eos_id", None))
+        pooled = text_global_pool(text.ln_final(x), tokens, pool_type, eos_token_id=eos)
+    projection = text.text_projection
+    if projection is None:
+        return pooled
+    return projection(pooled) if isinstance(projection, nn.Linear) else pooled @ projection
+
+
+def _embed_text(text: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
+    length = tokens.shape[1]
+    if hasattr(text, "_embeds"):  # TextTransformer: CoCa's class token and padding masks
+        x, mask = text._embeds(tokens)
+    else:
+        dtype = text.transformer.get_cast_dtype()
+        x = text.token_embedding(tokens).to(dtype)
+        x = x + text.positional_embedding[:length].to(dtype)
+        mask = text.attn_mask
+    if mask is not None:
+        mask = mask[..., : x.shape[1], : x.shape[1]]
+    return x, mask
+
+
+def _run_block(transformer: nn.Module, block: nn.Module, x: Tensor, mask=None) -> Tensor:
+    if transformer.batch_first:
+        return block(x, attn_mask=mask)
+    return block(x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
+
+
+def _per_item(tokens: Tensor, items: int) -> Tensor:
+    """(n, width) or (G, n, width) -> (items, n, width), each group repeated for its run."""
+    if tokens.ndim == 2:
+        return tokens.expand(items, -1, -1)
+    groups = len(tokens)
+    return tokens.repeat_interleave(items // groups, dim=0)

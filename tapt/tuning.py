@@ -1,0 +1,329 @@
+"""The test-time step: one AdamW step on the prompts of every single image (TAPT, section 3)."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from tapt.backbone import Backbone
+from tapt.errors import InputError
+from tapt.losses import (
+    Statistics,
+    TokenStatistics,
+    alignment,
+    entropy,
+    multi_view_entropy,
+    select_views,
+    view_statistics,
+)
+from tapt.prompts import ClassTexts, Prompts, image_logits
+from tapt.towers import encode_image
+
+
+@dataclass(frozen=True)
+class TuneConfig:
+    """Test-time settings; the defaults are the published ones.
+
+    views: views per image, the image itself included.
+    keep: share of the most confident views that is kept.
+    steps: AdamW steps per image; the selection of the first step is kept.
+    lr, weight_decay, betas, eps: AdamW.
+    alignment_weight: weight of the alignment term before it is divided by the visual depth.
+    alpha: share of the adversarial statistics in the alignment term; the clean ones get the rest.
+    align_from, align_to: first aligned block and the one behind the last; None is D - 1.
+    """
+
+    views: int = 64
+    keep: float = 0.1
+    steps: int = 1
+    lr: float = 5e-4
+    weight_decay: float = 0.01
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    alignment_weight: float = 100.0
+    alpha: float = 0.5
+    align_from: int = 0
+    align_to: int | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "betas", tuple(self.betas))
+        for name, low, high in (
+            ("views", 1, 1024),
+            ("steps", 0, 100),
+            ("keep", 0.0, 1.0),
+            ("lr", 0.0, 10.0),
+            ("weight_decay", 0.0, 10.0),
+            ("alignment_weight", 0.0, 1e6),
+            ("alpha", 0.0, 1.0),
+        ):
+            value = getattr(self, name)
+            whole = isinstance(low, int)
+            if (
+                not isinstance(value, (int,) if whole else (int, float))
+                or isinstance(value, bool)
+                or not math.isfinite(value)
+                or not low <= value <= high
+            ):
+                kind = "a whole number" if whole else "a number"
+                raise InputError(f"{name} must be {kind} from {low} to {high}, got {value!r}.")
+
+    def to_dict(self) -> dict:
+        return {**asdict(self), "betas": list(self.betas)}
+
+    def updated(self, **changes: object) -> TuneConfig:
+        """A copy in which every change that is not None replaces a setting."""
+        return replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+
+@dataclass(frozen=True, eq=False)
+class Losses:
+    """Loss terms, one value per image, (M,); alignment terms are summed over the blocks, and
+    `per_block_*` are (blocks, M). Without statistics the alignment terms are None."""
+
+    entropy: Tensor
+    total: Tensor
+    adversarial: Tensor | None = None
+    clean: Tensor | None = None
+    per_block_adversarial: Tensor | None = None
+    per_block_clean: Tensor | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Trace:
+    """What happened during a step.
+
+    logits: of every view under the starting prompts, (M, V, C).
+    entropies: of every view, (M, V), in nats.
+    kept: indices of the kept views, most confident first, (M, K).
+    observed: statistics of the kept views before the step, (blocks, M, tokens, width).
+    before, after: loss terms around the step(s); `after` is None unless asked for.
+    seconds: per phase, for the whole batch.
+    """
+
+    logits: Tensor
+    entropies: Tensor
+    kept: Tensor
+    observed: TokenStatistics
+    before: Losses
+    after: Losses | None
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Tuned:
+    """prompts: one set per image, as a leading dimension M.
+    logits: of view 0 under them, (M, C).
+    """
+
+    prompts: Prompts
+    logits: Tensor
+    trace: Trace
+
+
+def aligned_blocks(config: TuneConfig, visual_depth: int) -> range:
+    """The blocks whose input statistics are aligned."""
+    return range(
+        config.align_from, visual_depth - 1 if config.align_to is None else config.align_to
+    )
+
+
+def tune(
+    backbone: Backbone,
+    prompts: Prompts,
+    views: Tensor,
+    texts: ClassTexts,
+    *,
+    statistics: Statistics | None = None,
+    config: TuneConfig | None = None,
+    after: bool = False,
+    select_first: bool = True,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Tuned:
+    """Tunes prompts for each image and predicts its view 0 with them.
+
+    prompts: the start, the same for every image; they are not changed.
+    views: (M, V, 3, S, S) in [0, 1]; view 0 is the image itself.
+    texts: from `class_texts` for the design of `prompts`.
+    statistics: None leaves the entropy term alone.
+    after: also compute the loss terms after the step (one more pass over the kept views).
+    select_first: select without gradients, then pass the kept views once more with them. False
+        keeps the gradients of all views: same results, several times the time and memory.
+    on_progress: called with (views or passes done, total); may raise to stop.
+    """
+    config = config or TuneConfig()
+    images, count = views.shape[:2]
+    blocks = aligned_blocks(config, prompts.config.visual_depth)
+    if statistics is not None:
+        statistics = _checked(statistics, backbone, prompts)
+    clock = _Clock(backbone.device)
+    kept_count = max(1, int(count * config.keep))
+    total = images * (count + kept_count * (config.steps + after) + 1)
+    done = 0
+
+    def advance(by: int) -> None:
+        nonlocal done
+        done += by
+        on_progress(done, total)
+
+    on_progress(0, total)
+    tuned = prompts.batch(images).map(lambda t: t.detach().requires_grad_())
+    with torch.enable_grad(), clock("text"):
+        text_features = texts.features(backbone, tuned)
+    with clock("select"):
+        graph = None
+        if select_first:
+            all_logits = _logits_in_chunks(backbone, prompts, views, text_features, advance)
+        else:
+            with torch.enable_grad():
+                graph = _forward(backbone, tuned, views, text_features, blocks)
+            all_logits = graph[0].detach()
+            advance(images * count)
+        entropies = entropy(all_logits)
+        kept = select_views(entropies, config.keep)
+        kept_views = views[torch.arange(images, device=views.device)[:, None], kept]
+
+    optimizer = torch.optim.AdamW(
+        list(tuned.tensors.values()),
+        lr=config.lr,
+        betas=config.betas,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
+    )
+    before = observed = None
+    for step in range(max(1, config.steps)):
+        with torch.enable_grad(), clock("gradient"):
+            if step > 0:
+                text_features = texts.features(backbone, tuned)
+            if graph is not None and step == 0:
+                logits, taps = _keep(graph, kept, count)
+            else:
+                logits, taps = _forward(backbone, tuned, kept_views, text_features, blocks)
+            losses, seen = _losses(logits, taps, images, statistics, config, prompts, blocks)
+            if before is None:
+                before, observed = _detached(losses), seen
+            if config.steps > 0:
+                gradients = torch.autograd.grad(
+                    losses.total.sum(), list(tuned.tensors.values()), allow_unused=True
+                )
+                for tensor, gradient in zip(tuned.tensors.values(), gradients, strict=True):
+                    tensor.grad = gradient
+                with torch.device("cpu"):  # AdamW makes its step counter on the default device
+                    optimizer.step()
+        graph = None
+        advance(images * kept_count)
+
+    tuned = tuned.map(lambda t: t.detach())
+    with torch.no_grad():
+        with clock("predict"):
+            text_features = texts.features(backbone, tuned)
+            first, _ = _forward(backbone, tuned, views[:, :1], text_features, ())
+        final = None
+        if after:
+            with clock("after"):
+                logits, taps = _forward(backbone, tuned, kept_views, text_features, blocks)
+                final, _ = _losses(logits, taps, images, statistics, config, prompts, blocks)
+    on_progress(total, total)
+    trace = Trace(all_logits, entropies, kept, observed, before, final, dict(clock.seconds))
+    return Tuned(tuned, first[:, 0], trace)
+
+
+def _forward(backbone, prompts: Prompts, views: Tensor, text_features: Tensor, blocks):
+    """Logits (M, K, C) of (M, K) views, and the inputs of `blocks`."""
+    images, count = views.shape[:2]
+    features, taps = encode_image(backbone, views.flatten(0, 1), prompts.visual(), tap=blocks)
+    logits = image_logits(backbone, features, text_features)
+    return logits.view(images, count, -1), taps
+
+
+def _keep(graph: tuple[Tensor, list[Tensor]], kept: Tensor, count: int):
+    """Logits and block inputs of the kept views out of a pass over all of them."""
+    logits, taps = graph
+    rows = torch.arange(len(kept), device=kept.device)[:, None]
+    flat = (rows * count + kept).flatten()
+    return logits[rows, kept], [tap[flat] for tap in taps]
+
+
+@torch.no_grad()
+def _logits_in_chunks(backbone, prompts: Prompts, views: Tensor, text_features, advance) -> Tensor:
+    """Logits of all views under shared prompts, (M, V, C), in passes of bounded memory."""
+    images, count = views.shape[:2]
+    text_features = text_features.detach()
+    if text_features.ndim == 3:  # every image starts from the same prompts
+        text_features = text_features[0]
+    visual = prompts.visual().detach()
+    rows = []
+    for chunk in views.flatten(0, 1).split(views_per_pass(backbone)):
+        features, _ = encode_image(backbone, chunk, visual)
+        rows.append(image_logits(backbone, features, text_features))
+        advance(len(chunk))
+    return torch.cat(rows).view(images, count, -1)
+
+
+def views_per_pass(backbone: Backbone) -> int:
+    """Views in one pass without gradients: about 3,200 tokens, which keeps a core's matrix unit
+    busy and the activations of ViT-B/16 under 200 MB."""
+    return max(1, 3200 // backbone.image_tokens)
+
+
+def _losses(logits, taps, images: int, statistics, config: TuneConfig, prompts: Prompts, blocks):
+    observed = view_statistics(taps, images) if taps else None
+    term = multi_view_entropy(logits)
+    if observed is not None:
+        detached = TokenStatistics(observed.mean.detach(), observed.var.detach())
+    else:
+        empty = logits.new_zeros(0, images)
+        detached = TokenStatistics(empty, empty)
+    if statistics is None or observed is None:
+        return Losses(term, term), detached
+    adversarial = alignment(observed, statistics.adversarial, blocks)
+    clean = alignment(observed, statistics.clean, blocks)
+    mixed = config.alpha * adversarial.sum(0) + (1 - config.alpha) * clean.sum(0)
+    total = term + config.alignment_weight / prompts.config.visual_depth * mixed
+    return Losses(term, total, adversarial.sum(0), clean.sum(0), adversarial, clean), detached
+
+
+def _detached(losses: Losses) -> Losses:
+    values = {k: None if v is None else v.detach() for k, v in vars(losses).items()}
+    return Losses(**values)
+
+
+def _checked(statistics: Statistics, backbone, prompts: Prompts) -> Statistics:
+    tokens = backbone.image_tokens + prompts.config.tokens
+    expected = (backbone.visual_blocks, tokens, backbone.visual_width)
+    for name, part in (("adversarial", statistics.adversarial), ("clean", statistics.clean)):
+        for key, tensor in (("mean", part.mean), ("var", part.var)):
+            if tuple(tensor.shape) != expected:
+                raise InputError(
+                    f"statistics {name}.{key} must have shape {expected}, "
+                    f"got {tuple(tensor.shape)}."
+                )
+    place = backbone.device, backbone.dtype
+    return Statistics(statistics.adversarial.to(*place), statistics.clean.to(*place))
+
+
+class _Clock:
+    """Seconds per phase; waits for a GPU so that its work is counted where it was asked for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = {}
+        self._device = device
+        self._phase = ""
+        self._start = 0.0
+
+    def __call__(self, phase: str) -> _Clock:
+        self._phase = phase
+        return self
+
+    def __enter__(self) -> None:
+        self._start = time.perf_counter()
+
+    def __exit__(self, *exc: object) -> None:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        elapsed = time.perf_counter() - self._start
+        self.seconds[self._phase] = self.seconds.get(self._phase, 0.0) + elapsed

@@ -1,0 +1,55 @@
+"""Random views of one preprocessed image."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as F
+
+SCALE = (0.08, 1.0)
+RATIO = (3 / 4, 4 / 3)
+
+
+def make_views(image: Tensor, count: int = 64, *, generator: torch.Generator) -> Tensor:
+    """View 0 is the image itself; the rest are random resized crops, flipped half of the time.
+
+    image: (3, S, S) in [0, 1], already preprocessed.
+    generator: a CPU generator; one seed gives the same crops on every device.
+
+    Returns:
+        (count, 3, S, S).
+    """
+    return torch.stack([image, *(random_view(image, generator) for _ in range(count - 1))])
+
+
+def random_view(image: Tensor, generator: torch.Generator) -> Tensor:
+    """One random resized crop (bilinear, antialiased) with a horizontal flip at p = 0.5."""
+    height, width = image.shape[-2:]
+    top, left, h, w = crop_box(height, width, generator)
+    view = F.resized_crop(
+        image, top, left, h, w, [height, width], InterpolationMode.BILINEAR, antialias=True
+    ).clamp(0, 1)
+    flip = torch.rand((), generator=generator, device="cpu") < 0.5
+    return view.flip(-1) if flip else view
+
+
+def crop_box(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+    """Top, left, height and width, drawn like torchvision's RandomResizedCrop, which only knows
+    the global random state."""
+
+    def uniform(low: float, high: float) -> float:
+        return low + (high - low) * torch.rand((), generator=generator, device="cpu").item()
+
+    for _ in range(10):
+        area = height * width * uniform(*SCALE)
+        ratio = math.exp(uniform(math.log(RATIO[0]), math.log(RATIO[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            top = int(uniform(0, height - h + 1))
+            left = int(uniform(0, width - w + 1))
+            return top, left, h, w
+    side = min(height, width)  # a square always fits the ratios
+    return (height - side) // 2, (width - side) // 2, side, side
