@@ -6,7 +6,6 @@ attack and its L-inf is exact.
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -69,7 +68,7 @@ class AttackConfig:
 
 def _check(name: str, value: float, low: float, high: float, rule: str) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not math.isfinite(value) or not low - 1e-9 <= value <= high:
+    if not number or not low - 1e-9 <= value <= high:
         raise InputError(f"{name} must be a number {rule}, got {value!r}.")
 
 
@@ -113,6 +112,7 @@ class _Watched(nn.Module):
     def __init__(self, classifier: Classifier, on_pass: Callable[[int], None]) -> None:
         super().__init__()
         self.classifier, self.on_pass, self.passes = classifier, on_pass, 0
+        self.eval()  # torchattacks switches a model back to the mode that it finds here
 
     def forward(self, images: Tensor) -> Tensor:
         self.on_pass(self.passes)

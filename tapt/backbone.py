@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+import json
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import open_clip
 import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
-from open_clip.transformer import TextTransformer, VisionTransformer
+from open_clip.transformer import VisionTransformer
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
@@ -132,7 +133,10 @@ class Backbone:
 
         It stays 8-bit so that L-inf can be checked in integers and a PNG keeps an attack.
         """
-        return to_uint8(self._resize_and_crop(_limit_aspect(image.convert("RGB"))))
+        image = image.convert("RGB")
+        if self.visual.preprocess_cfg.get("resize_mode", "shortest") == "shortest":
+            image = _limit_aspect(image)
+        return to_uint8(self._resize_and_crop(image))
 
     def tokenize(self, sentences: Sequence[str], *, cut: bool = True) -> Tensor:
         """Token ids, (N, L).
@@ -144,13 +148,16 @@ class Backbone:
             InputError: a sentence does not fit the context; nothing is ever truncated.
         """
         context = self.context_length
-        tokens = self.tokenizer(list(sentences), context_length=4 * context)
-        lengths = (tokens != getattr(self.text, "pad_id", 0)).sum(1)
+        with torch.device("cpu"):  # the tokenizer makes its ids on the default device
+            tokens = self.tokenizer(list(sentences), context_length=4 * context)
+            # counted to the last token that is not padding: id 0 is also a piece of "!%"
+            ends = torch.arange(1, 4 * context + 1)
+        lengths = (ends * (tokens != getattr(self.text, "pad_id", 0))).amax(1)
         if int(lengths.max()) > context:
             worst = sentences[int(lengths.argmax())]
             shown = worst if len(worst) <= 80 else worst[:77] + "..."
             raise InputError(
-                f'"{shown}" has {int(lengths.max()) - 2} tokens; '
+                f'"{shown}" has {_tokens(int(lengths.max()), 4 * context)} tokens; '
                 f"this model reads at most {context - 2} per sentence."
             )
         length = int(lengths.max()) if cut and self._may_cut else context
@@ -162,6 +169,11 @@ class Backbone:
         pool = getattr(text, "pool_type", None) or getattr(self.model, "text_pool_type", "argmax")
         causal = text.attn_mask is not None
         return causal and getattr(text, "cls_emb", None) is None and pool in ("argmax", "eos")
+
+
+def _tokens(length: int, longest: int) -> str:
+    # the tokenizer stops at `longest`
+    return f"at least {length - 2}" if length == longest else str(length - 2)
 
 
 def _limit_aspect(image: Image.Image, limit: int = 8) -> Image.Image:
@@ -198,7 +210,7 @@ def load_backbone(
     kind, _, rest = name.partition(":")
     commit, sha256 = None, None
     if kind == "random":
-        model, tokenizer = _build_random(rest), _tokenizer(rest)
+        model, tokenizer = _build_random(rest, name), _tokenizer(rest)
     elif kind in ("tiny", "local-dir"):
         folder = EMBEDDED / "tiny" / "backbone" if kind == "tiny" else Path(rest).expanduser()
         model, tokenizer, sha256 = _load_folder(folder, name)
@@ -207,7 +219,6 @@ def load_backbone(
         model, tokenizer, sha256 = _load_folder(folder, name)
     else:
         model, tokenizer, sha256, commit = _load_tag(kind, rest or "openai", revision)
-    _check_towers(model, name)
     model.requires_grad_(False).eval()
     model.to(device=torch.device(device or default_device()), dtype=dtype or torch.float32)
     return Backbone(name, model, tokenizer, name, commit, sha256)
@@ -220,9 +231,12 @@ def default_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def _build_random(architecture: str) -> nn.Module:
+def _build_random(architecture: str, name: str) -> nn.Module:
     if architecture not in open_clip.list_models():
-        raise BackboneError(f"open_clip has no architecture {architecture!r}.")
+        raise BackboneError(
+            f"open_clip has no architecture {architecture!r}; open_clip.list_models() names them."
+        )
+    _check_towers(open_clip.get_model_config(architecture), name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return open_clip.create_model(architecture)
@@ -239,12 +253,22 @@ def _load_folder(folder: Path, name: str) -> tuple[nn.Module, Callable[..., Tens
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise BackboneError(f"Backbone {name!r} has no {file}.")
+    _check_towers(_read_config(folder / CONFIG_FILE, name), name)
     _check_safetensors(folder / WEIGHTS_FILE, name)
     try:
         model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
         raise BackboneError(f"The weights of {name!r} do not fit its {CONFIG_FILE}.") from error
     return model, _tokenizer(f"local-dir:{folder}"), file_sha256(folder / WEIGHTS_FILE)
+
+
+def _read_config(path: Path, name: str) -> Mapping:
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
+        config["vision_cfg"].items(), config["text_cfg"].items()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise BackboneError(f"{path.name} of {name!r} does not describe a CLIP.") from error
+    return config
 
 
 def _load_tag(
@@ -258,6 +282,7 @@ def _load_tag(
             f"architecture:tag, hf-hub:owner/repo, local-dir:path or random:architecture. "
             f"Tags of {architecture!r}: {known}."
         )
+    _check_towers(open_clip.get_model_config(architecture), f"{architecture}:{tag}")
     cfg = open_clip.get_pretrained_cfg(architecture, tag)
     repo, file = cfg.get("hf_hub", "").rsplit("/", 1)
     file = file if file.endswith(".safetensors") else WEIGHTS_FILE
@@ -287,17 +312,21 @@ def _check_safetensors(path: Path, name: str) -> None:
         ) from error
 
 
-def _check_towers(model: nn.Module, name: str) -> None:
-    text = getattr(model, "text", model)
-    for tower, module, kind in (
-        ("image", model.visual, VisionTransformer),
-        ("text", text, (TextTransformer, open_clip.CLIP)),
-    ):
-        if not isinstance(module, kind):
-            raise BackboneError(
-                f"The {tower} tower of {name!r} is a {type(module).__name__} without open_clip "
-                "transformer blocks; prompts cannot go in. Choose a CLIP with ViT towers."
-            )
+def _check_towers(config: Mapping, name: str) -> None:
+    """Refuses, before anything is fetched or built, a tower that prompts cannot enter."""
+    vision, text = config["vision_cfg"], config["text_cfg"]
+    if vision.get("timm_model_name"):
+        tower, what = "image", f"timm's {vision['timm_model_name']}"
+    elif isinstance(vision.get("layers"), (list, tuple)):
+        tower, what = "image", "a ResNet"
+    elif text.get("hf_model_name"):
+        tower, what = "text", f"transformers' {text['hf_model_name']}"
+    else:
+        return
+    raise BackboneError(
+        f"The {tower} tower of {name!r} is {what}, without open_clip transformer blocks; "
+        "prompts cannot go in. Choose a CLIP with ViT towers."
+    )
 
 
 def file_sha256(path: Path) -> str:

@@ -186,7 +186,7 @@ def compare_steps(
 
     if attack is not None:
         began = time.perf_counter()
-        labels = torch.tensor([result.label])
+        labels = torch.tensor([result.label], device="cpu")
         attacked = yield from _watched(
             "attack",
             result,

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from tapt.errors import InputError
@@ -34,13 +34,15 @@ def open_image(source: str | os.PathLike | bytes) -> Image.Image:
             image = Image.open(io.BytesIO(data))
             check_size(image)
             image.load()
+            return to_rgb(image)
+    except InputError:
+        raise
     except Image.DecompressionBombError as error:
         raise InputError(_too_large()) from error
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, EOFError) as error:
+    except Exception as error:  # decoders of damaged files raise whatever they stumble over
         raise InputError(
             "This file is not a readable picture. Use a PNG, JPEG, WebP, GIF, BMP or TIFF file."
         ) from error
-    return to_rgb(image)
 
 
 def check_size(image: Image.Image) -> None:
@@ -58,7 +60,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I") or image.mode == "F":  # 16-bit grey, clipped by PIL's convert
         values = np.asarray(image, dtype=np.float64)
-        scale = 255 / 65535 if values.max(initial=0) > 255 else 1.0
+        deep = image.mode.startswith("I;16") or values.max(initial=0) > 255
+        scale = 255 / 65535 if deep else 1.0
         image = Image.fromarray((values * scale).clip(0, 255).round().astype(np.uint8))
     if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
         image = image.convert("RGBA")
@@ -93,3 +96,19 @@ def amplified_difference(attacked: Tensor, clean: Tensor) -> tuple[Image.Image, 
     delta = attacked.int() - clean.int()
     scale = max(1, 127 // max(1, int(delta.abs().max())))
     return to_picture((delta * scale + 128).clamp(0, 255).to(torch.uint8)), scale
+
+
+def save_png(image: Image.Image, path: str | os.PathLike) -> None:
+    """Writes a PNG, lossless, aside first and then renamed.
+
+    Raises:
+        InputError: the folder is missing or cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        image.save(temporary, format="PNG")
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise InputError(f"{path.name} could not be written: {error.strerror}.") from error

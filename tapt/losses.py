@@ -53,9 +53,14 @@ def multi_view_entropy(logits: Tensor) -> Tensor:
     return -(log_mean.exp() * log_mean).sum(-1)
 
 
+def kept_views_count(views: int, keep: float) -> int:
+    """`int(views * keep)`, at least one."""
+    return max(1, int(views * keep))
+
+
 def select_views(entropies: Tensor, keep: float) -> Tensor:
-    """Indices of the `int(V * keep)` most confident views, at least one: (..., V) -> (..., K)."""
-    count = max(1, int(entropies.shape[-1] * keep))
+    """Indices of the most confident views, in that order: (..., V) -> (..., K)."""
+    count = kept_views_count(entropies.shape[-1], keep)
     return entropies.topk(count, dim=-1, largest=False, sorted=True).indices
 
 

@@ -20,6 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tapt.backbone import EMBEDDED, Backbone
+from tapt.card import model_card
 from tapt.errors import InputError, PackError
 from tapt.losses import Statistics, TokenStatistics
 from tapt.prompts import PromptConfig, Prompts, init_prompts
@@ -38,7 +39,8 @@ MAX_CONFIG_BYTES = 1_000_000
 @dataclass(frozen=True, eq=False)
 class Pack:
     """prompts: the static prompts that every image starts from.
-    statistics: None for untrained prompts; the alignment term is then left out.
+    statistics: None for untrained prompts, and before `python -m tapt statistics`; the alignment
+        term is then left out.
     test_time: settings that were chosen for these prompts.
     name: as asked for, `tiny/vli` or a folder.
     base_model: source, revision, sha256, architecture, mean and std of the backbone.
@@ -52,10 +54,7 @@ class Pack:
     base_model: dict
     training: dict = field(default_factory=dict)
     evaluation: list = field(default_factory=list)
-
-    @property
-    def trained(self) -> bool:
-        return self.statistics is not None
+    trained: bool = True
 
 
 def base_model(backbone: Backbone) -> dict:
@@ -76,7 +75,9 @@ def untrained_pack(backbone: Backbone, design: str = "VLI") -> Pack:
     entropy term alone: what there is to show before somebody trained prompts."""
     depth = min(9, backbone.visual_blocks, backbone.text_blocks)
     prompts = init_prompts(backbone, PromptConfig(design, 2, depth))
-    return Pack(prompts, None, TuneConfig(), "untrained prompts", base_model(backbone))
+    return Pack(
+        prompts, None, TuneConfig(), "untrained prompts", base_model(backbone), trained=False
+    )
 
 
 def embedded_packs(backbone_name: str) -> list[str]:
@@ -85,10 +86,20 @@ def embedded_packs(backbone_name: str) -> list[str]:
     return [f"{backbone_name}/{path.parent.name}" for path in folders]
 
 
-def load_pack(source: str | os.PathLike, backbone: Backbone) -> Pack:
+def default_pack(backbone: Backbone) -> Pack:
+    """The embedded VLI pack of a backbone, else its first one, else untrained prompts."""
+    names = embedded_packs(backbone.name)
+    if not names:
+        return untrained_pack(backbone)
+    preferred = f"{backbone.name}/vli"
+    return load_pack(preferred if preferred in names else names[0], backbone)
+
+
+def load_pack(source: str | os.PathLike, backbone: Backbone, *, statistics: bool = True) -> Pack:
     """Loads and checks a pack.
 
     source: an embedded name (`tiny/vli`) or a folder.
+    statistics: False reads the prompts alone, as `python -m tapt train` leaves them.
 
     Raises:
         PackError: missing, malformed, or made for another backbone; the message says which.
@@ -108,31 +119,23 @@ def load_pack(source: str | os.PathLike, backbone: Backbone) -> Pack:
         raise PackError(f"{CONFIG} of pack {name!r}: {error}") from error
     tensors = _read_tensors(folder / PROMPTS, shapes, name)
     prompts = Prompts(prompt_config, tensors).map(lambda t: t.to(backbone.device, backbone.dtype))
-    values = _read_tensors(folder / STATISTICS, statistics_shapes(backbone, prompt_config), name)
-    statistics = Statistics(
+    targets = _read_statistics(folder, backbone, prompt_config, name) if statistics else None
+    made = config["base_model"], config["training"], config["evaluation"]
+    return Pack(prompts, targets, test_time, name, *made)
+
+
+def _read_statistics(
+    folder: Path, backbone: Backbone, config: PromptConfig, name: str
+) -> Statistics:
+    values = _read_tensors(folder / STATISTICS, statistics_shapes(backbone, config), name)
+    return Statistics(
         TokenStatistics(values["adversarial.mean"], values["adversarial.var"]),
         TokenStatistics(values["clean.mean"], values["clean.var"]),
     )
-    return Pack(
-        prompts,
-        statistics,
-        test_time,
-        name,
-        config["base_model"],
-        config["training"],
-        config["evaluation"],
-    )
 
 
-def save_pack(pack: Pack, folder: str | os.PathLike, card: str) -> None:
+def save_pack(pack: Pack, folder: str | os.PathLike) -> None:
     """Writes a pack; each file is written aside, then renamed, config.json last."""
-    if pack.statistics is None:
-        raise PackError("A pack needs the statistics of both prompt sets.")
-    statistics = {
-        f"{part}.{key}": getattr(getattr(pack.statistics, part), key)
-        for part in ("adversarial", "clean")
-        for key in ("mean", "var")
-    }
     config = {
         "format": FORMAT,
         "version": VERSION,
@@ -145,8 +148,14 @@ def save_pack(pack: Pack, folder: str | os.PathLike, card: str) -> None:
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / PROMPTS, save(_storable(dict(pack.prompts.tensors))))
-    write_file(folder / STATISTICS, save(_storable(statistics)))
-    write_file(folder / CARD, card.encode())
+    if pack.statistics is not None:
+        statistics = {
+            f"{part}.{key}": getattr(getattr(pack.statistics, part), key)
+            for part in ("adversarial", "clean")
+            for key in ("mean", "var")
+        }
+        write_file(folder / STATISTICS, save(_storable(statistics)))
+        write_file(folder / CARD, model_card(pack).encode())
     write_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 

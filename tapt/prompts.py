@@ -44,22 +44,24 @@ class PromptConfig:
     def __post_init__(self) -> None:
         if self.design not in DESIGNS:
             raise InputError(f"design must be one of {', '.join(DESIGNS)}, got {self.design!r}.")
-        if self.design == "V":
+        text = self.design != "V"
+        if not text:
             object.__setattr__(self, "text_depth", 0)
             object.__setattr__(self, "context", None)
-        else:
-            if self.text_depth is None:
-                object.__setattr__(self, "text_depth", self.visual_depth)
-            if self.context is None:
-                words = WORDS if 1 <= self.tokens <= 4 else " ".join(["X"] * self.tokens)
-                object.__setattr__(self, "context", words)
-        for name in ("tokens", "visual_depth") + (("text_depth",) if self.design != "V" else ()):
+        elif self.text_depth is None:
+            object.__setattr__(self, "text_depth", self.visual_depth)
+        for name in ("tokens", "visual_depth") + (("text_depth",) if text else ()):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise InputError(f"{name} must be a whole number >= 1, got {value!r}.")
+            if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= 1000:
+                raise InputError(f"{name} must be a whole number from 1 to 1000, got {value!r}.")
         if not isinstance(self.template, str) or self.template.count("{}") != 1:
             raise InputError(f"template must contain one {{}}, got {self.template!r}.")
-        if self.context is not None and len(self.context.split()) < self.tokens:
+        if text and self.context is None:
+            words = WORDS if self.tokens <= 4 else " ".join(["X"] * self.tokens)
+            object.__setattr__(self, "context", words)
+        if text and not isinstance(self.context, str):
+            raise InputError(f"context must be text, got {self.context!r}.")
+        if text and len(self.context.split()) < self.tokens:
             raise InputError(
                 f"context {self.context!r} has fewer words than the {self.tokens} prompt tokens."
             )
@@ -68,7 +70,7 @@ class PromptConfig:
         """One sentence per class; underscores become spaces."""
         names = [name.replace("_", " ") for name in classes]
         if self.context is None:
-            return [self.template.format(name) for name in names]
+            return [self.template.replace("{}", name) for name in names]
         return [f"{self.context} {name}." for name in names]
 
     def shapes(self, backbone: Backbone) -> dict[str, tuple[int, ...]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
@@ -17,6 +16,7 @@ from tapt.losses import (
     TokenStatistics,
     alignment,
     entropy,
+    kept_views_count,
     multi_view_entropy,
     select_views,
     view_statistics,
@@ -51,7 +51,8 @@ class TuneConfig:
     align_to: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "betas", tuple(self.betas))
+        if isinstance(self.betas, list):
+            object.__setattr__(self, "betas", tuple(self.betas))
         for name, low, high in (
             ("views", 1, 1024),
             ("steps", 0, 100),
@@ -60,17 +61,23 @@ class TuneConfig:
             ("weight_decay", 0.0, 10.0),
             ("alignment_weight", 0.0, 1e6),
             ("alpha", 0.0, 1.0),
+            ("eps", 1e-12, 1.0),
+            ("align_from", 0, 1000),
+            ("align_to", 0, 1000),
         ):
             value = getattr(self, name)
             whole = isinstance(low, int)
-            if (
-                not isinstance(value, (int,) if whole else (int, float))
-                or isinstance(value, bool)
-                or not math.isfinite(value)
-                or not low <= value <= high
-            ):
+            if name == "align_to" and value is None:
+                continue
+            if not _within(value, low, high, whole):
                 kind = "a whole number" if whole else "a number"
                 raise InputError(f"{name} must be {kind} from {low} to {high}, got {value!r}.")
+        if (
+            not isinstance(self.betas, tuple)
+            or len(self.betas) != 2
+            or not all(_within(beta, 0.0, 1.0) and beta < 1 for beta in self.betas)
+        ):
+            raise InputError(f"betas must be two numbers from 0 to below 1, got {self.betas!r}.")
 
     def to_dict(self) -> dict:
         return {**asdict(self), "betas": list(self.betas)}
@@ -78,6 +85,11 @@ class TuneConfig:
     def updated(self, **changes: object) -> TuneConfig:
         """A copy in which every change that is not None replaces a setting."""
         return replace(self, **{k: v for k, v in changes.items() if v is not None})
+
+
+def _within(value: object, low: float, high: float, whole: bool = False) -> bool:
+    number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
+    return number and low <= value <= high
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,10 +170,15 @@ def tune(
     config = config or TuneConfig()
     images, count = views.shape[:2]
     blocks = aligned_blocks(config, prompts.config.visual_depth)
+    if blocks and blocks[-1] >= backbone.visual_blocks:
+        raise InputError(
+            f"align_to must be at most {backbone.visual_blocks} on this backbone, "
+            f"got {config.align_to}."
+        )
     if statistics is not None:
         statistics = _checked(statistics, backbone, prompts)
     clock = _Clock(backbone.device)
-    kept_count = max(1, int(count * config.keep))
+    kept_count = kept_views_count(count, config.keep)
     total = images * (count + kept_count * (config.steps + after) + 1)
     done = 0
 

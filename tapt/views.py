@@ -25,10 +25,15 @@ def make_views(image: Tensor, count: int = 64, *, generator: torch.Generator) ->
     return torch.stack([image, *(random_view(image, generator) for _ in range(count - 1))])
 
 
-def random_view(image: Tensor, generator: torch.Generator) -> Tensor:
-    """One random resized crop (bilinear, antialiased) with a horizontal flip at p = 0.5."""
+def random_view(
+    image: Tensor, generator: torch.Generator, *, min_scale: float = SCALE[0]
+) -> Tensor:
+    """One random resized crop (bilinear, antialiased) with a horizontal flip at p = 0.5.
+
+    min_scale: smallest area of the crop, as a share of the image.
+    """
     height, width = image.shape[-2:]
-    top, left, h, w = crop_box(height, width, generator)
+    top, left, h, w = crop_box(height, width, generator, (min_scale, SCALE[1]))
     view = F.resized_crop(
         image, top, left, h, w, [height, width], InterpolationMode.BILINEAR, antialias=True
     ).clamp(0, 1)
@@ -36,7 +41,12 @@ def random_view(image: Tensor, generator: torch.Generator) -> Tensor:
     return view.flip(-1) if flip else view
 
 
-def crop_box(height: int, width: int, generator: torch.Generator) -> tuple[int, int, int, int]:
+def crop_box(
+    height: int,
+    width: int,
+    generator: torch.Generator,
+    scale: tuple[float, float] = SCALE,
+) -> tuple[int, int, int, int]:
     """Top, left, height and width, drawn like torchvision's RandomResizedCrop, which only knows
     the global random state."""
 
@@ -44,7 +54,7 @@ def crop_box(height: int, width: int, generator: torch.Generator) -> tuple[int, 
         return low + (high - low) * torch.rand((), generator=generator, device="cpu").item()
 
     for _ in range(10):
-        area = height * width * uniform(*SCALE)
+        area = height * width * uniform(*scale)
         ratio = math.exp(uniform(math.log(RATIO[0]), math.log(RATIO[1])))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:

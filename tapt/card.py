@@ -1,0 +1,106 @@
+"""The model card of a pack."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from huggingface_hub import EvalResult, ModelCardData
+
+if TYPE_CHECKING:
+    from tapt.pack import Pack
+
+USE = """\
+```python
+from tapt.backbone import load_backbone
+from tapt.compare import compare
+from tapt.defense import make_defender
+from tapt.images import open_image
+from tapt.pack import load_pack
+
+backbone = load_backbone("{source}")
+pack = load_pack("{name}", backbone)
+defender = make_defender(backbone, pack, ["cat", "dog"])
+print(compare(defender, open_image("photo.jpg")).verdict())
+```"""
+
+
+def model_card(pack: Pack) -> str:
+    """Markdown with the Hub's metadata in front; numbers come from `pack.evaluation`."""
+    source = pack.base_model["source"]
+    results = [r for row in pack.evaluation for r in _eval_results(row)]
+    data = ModelCardData(
+        base_model=source.removeprefix("hf-hub:"),
+        base_model_relation="adapter",
+        library_name="tapt",
+        pipeline_tag="zero-shot-image-classification",
+        tags=["tapt", "adversarial-robustness", "prompt-tuning", "clip"],
+        license="mit",
+        model_name=f"TAPT-{pack.prompts.config.design} prompts for {source}",
+        eval_results=results or None,
+    )
+    config = pack.prompts.config
+    lines = [
+        "---",
+        data.to_yaml(),
+        "---",
+        "",
+        f"# TAPT-{config.design} prompts for `{source}`",
+        "",
+        f"Defensive prompts for test-time adversarial prompt tuning: {config.tokens} tokens in "
+        f"{config.visual_depth} image blocks"
+        + (f" and {config.text_depth} text blocks" if config.text_depth else "")
+        + ", with the token statistics that the test-time step aligns to.",
+        "",
+        USE.format(source=source, name=pack.name),
+        "",
+        *_table(pack.evaluation),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _eval_results(row: dict) -> list[EvalResult]:
+    dataset = row.get("dataset", "unknown")
+    attack = f"{row['attack']} {row['epsilon_255']}/255 on {row['threat']}"
+    common = {
+        "task_type": "zero-shot-image-classification",
+        "dataset_type": dataset.lower(),
+        "dataset_name": dataset,
+    }
+    defense = row["defense"]
+    return [
+        EvalResult(
+            metric_type="accuracy",
+            metric_name=f"clean accuracy ({defense})",
+            metric_value=row["clean_accuracy"],
+            **common,
+        ),
+        EvalResult(
+            metric_type="accuracy",
+            metric_name=f"accuracy under {attack} ({defense})",
+            metric_value=row["accuracy"],
+            metric_args={
+                "attack": row["attack"],
+                "eps": row["epsilon_255"] / 255,
+                "steps": row["steps"],
+            },
+            **common,
+        ),
+    ]
+
+
+def _table(rows: list[dict]) -> list[str]:
+    if not rows:
+        return ["This pack has not been evaluated yet."]
+    lines = [
+        "| data | defence | attacked model | attack | n | clean % | attacked % | 95 % interval |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        low, high = row["ci95"]
+        lines.append(
+            f"| {row.get('dataset', '')} | {row['defense']} | {row['threat']} | "
+            f"{row['attack']}-{row['steps']}, {row['epsilon_255']}/255 | {row['n']} | "
+            f"{100 * row['clean_accuracy']:.1f} | {100 * row['accuracy']:.1f} | "
+            f"{100 * low:.1f}-{100 * high:.1f} |"
+        )
+    return lines

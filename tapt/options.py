@@ -1,0 +1,57 @@
+"""Command-line options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import math
+
+from tapt.tuning import TuneConfig
+
+
+def fraction(text: str) -> float:
+    """`4/255` or `0.0157` as a float."""
+    try:
+        over, _, under = text.partition("/")
+        value = float(over) / float(under) if under else float(over)
+    except (ValueError, ZeroDivisionError):
+        value = math.nan
+    if not math.isfinite(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 4/255")
+    return value
+
+
+def fractions(text: str) -> list[float]:
+    """A list of fractions, by commas."""
+    return [fraction(part) for part in text.split(",")]
+
+
+def names(text: str) -> list[str]:
+    """A list of names, by commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]
+
+
+def add_backbone_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--backbone", default="tiny", help="tiny, ViT-B-16, hf-hub:owner/repo, ...")
+    parser.add_argument("--revision", help="branch, tag or commit of a Hub backbone")
+    parser.add_argument("--device", help="default: cuda, mps or cpu, the first that is there")
+
+
+def add_tuning_options(parser: argparse.ArgumentParser) -> None:
+    """Test-time settings; what is not given comes from the pack."""
+    parser.add_argument("--views", type=int)
+    parser.add_argument("--keep", type=float, help="share of the views that is kept")
+    parser.add_argument("--tune-steps", type=int)
+    parser.add_argument("--lr", type=float)
+    parser.add_argument("--alpha", type=float, help="share of the adversarial statistics")
+    parser.add_argument("--alignment-weight", type=float)
+
+
+def tuning_config(args: argparse.Namespace, default: TuneConfig) -> TuneConfig:
+    return default.updated(
+        views=args.views,
+        keep=args.keep,
+        steps=args.tune_steps,
+        lr=args.lr,
+        alpha=args.alpha,
+        alignment_weight=args.alignment_weight,
+    )

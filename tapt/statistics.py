@@ -1,0 +1,138 @@
+"""Token statistics of a data set under given prompts, in one streaming pass.
+
+The residual stream is read at every block's input, prompt tokens in place, on unattacked random
+resized crops like the views' (`tapt.views`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tapt.backbone import Backbone, load_backbone
+from tapt.data import in_memory, load_data
+from tapt.errors import InputError, PackError
+from tapt.images import to_float
+from tapt.losses import Statistics, TokenStatistics
+from tapt.options import add_backbone_options, add_tuning_options, tuning_config
+from tapt.pack import Pack, load_pack, save_pack
+from tapt.prompts import Prompts
+from tapt.towers import encode_image
+from tapt.views import random_view
+
+
+@dataclass(eq=False)
+class Moments:
+    """Sums in float64, so that parts merge by addition and their order does not matter.
+
+    total, squares: (blocks, tokens, width).
+    """
+
+    count: int
+    total: Tensor
+    squares: Tensor
+
+    def add(self, taps: list[Tensor]) -> None:
+        """Adds a batch: per block (N, tokens, width)."""
+        self.count += len(taps[0])
+        # float64 does not exist on MPS
+        values = [tap.detach().cpu().double() for tap in taps]
+        self.total += torch.stack([v.sum(0) for v in values])
+        self.squares += torch.stack([v.square().sum(0) for v in values])
+
+    def merge(self, other: Moments) -> Moments:
+        return Moments(
+            self.count + other.count, self.total + other.total, self.squares + other.squares
+        )
+
+    def statistics(self) -> TokenStatistics:
+        """Mean and variance / (n - 1), float32."""
+        if self.count < 2:
+            raise InputError(f"Statistics need at least 2 images, got {self.count}.")
+        mean = self.total / self.count
+        var = (self.squares - self.count * mean.square()).clamp(min=0) / (self.count - 1)
+        return TokenStatistics(mean.float(), var.float())
+
+
+def empty_moments(backbone: Backbone, prompts: Prompts) -> Moments:
+    tokens = backbone.image_tokens + prompts.config.tokens
+    shape = (backbone.visual_blocks, tokens, backbone.visual_width)
+    zeros = torch.zeros(shape, dtype=torch.float64, device="cpu")
+    return Moments(0, zeros, zeros.clone())
+
+
+@torch.no_grad()
+def token_moments(
+    backbone: Backbone, prompts: Prompts, images: Tensor, *, seed: int = 0, batch_size: int = 128
+) -> Moments:
+    """Moments over one random view of each image.
+
+    images: uint8, (N, 3, S, S). Image i's view is drawn by (seed, i).
+    """
+    moments = empty_moments(backbone, prompts)
+    visual, blocks = prompts.visual(), range(backbone.visual_blocks)
+    for start in tqdm(range(0, len(images), batch_size), unit="batch", dynamic_ncols=True):
+        views = torch.stack(
+            [
+                random_view(to_float(image), torch.Generator().manual_seed(seed * 1_000_003 + i))
+                for i, image in enumerate(images[start : start + batch_size], start)
+            ]
+        )
+        _, taps = encode_image(backbone, views.to(backbone.device), visual, tap=blocks)
+        moments.add(taps)
+    return moments
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_backbone_options(parser)
+    parser.add_argument("--data", required=True, help="folder or zip of class folders")
+    parser.add_argument(
+        "--adversarial", type=Path, required=True, help="folder with adversarially tuned prompts"
+    )
+    parser.add_argument("--clean", type=Path, required=True, help="folder with clean-tuned prompts")
+    parser.add_argument("--out", type=Path, required=True, help="folder for the finished pack")
+    parser.add_argument("--limit", type=int, help="use a class-balanced subset of this many images")
+    parser.add_argument("--seed", type=int, default=0)
+    add_tuning_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    backbone = load_backbone(args.backbone, revision=args.revision, device=args.device)
+    adversarial = load_pack(args.adversarial, backbone, statistics=False)
+    clean = load_pack(args.clean, backbone, statistics=False)
+    if clean.prompts.config != adversarial.prompts.config:
+        raise PackError("The adversarial and the clean prompts have different designs or shapes.")
+    data = load_data(args.data)
+    if args.limit is not None:
+        data = data.balanced(args.limit, args.seed)
+    images = in_memory(data, backbone.preprocess)
+    parts = [
+        token_moments(backbone, pack.prompts, images, seed=args.seed).statistics()
+        for pack in (adversarial, clean)
+    ]
+    training = {
+        "adversarial": adversarial.training,
+        "clean": clean.training,
+        "statistics": {
+            "images": len(images),
+            "views": "one random resized crop (scale 0.08-1) with flip per image, unattacked",
+            "variance": "n - 1",
+            "seed": args.seed,
+        },
+    }
+    pack = Pack(
+        adversarial.prompts,
+        Statistics(*parts),
+        tuning_config(args, adversarial.test_time),
+        args.out.name,
+        adversarial.base_model,
+        training,
+    )
+    save_pack(pack, args.out)
+    print(f"Pack written to {args.out}.")
+    return 0

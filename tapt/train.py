@@ -1,0 +1,348 @@
+"""Adversarial prompt tuning: makes the static prompts that every image starts from.
+
+The backbone stays frozen. Each batch holds a share of clean images and a share attacked by PGD on
+the current prompts (APT, Li et al. 2024; TAPT, section 4.1).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from tapt.attacks import AttackConfig, Classifier, attack_images
+from tapt.backbone import Backbone, load_backbone
+from tapt.data import LabelledImages, in_memory, load_data
+from tapt.errors import InputError
+from tapt.images import to_float
+from tapt.options import add_backbone_options, fraction
+from tapt.pack import Pack, base_model, save_pack
+from tapt.prompts import (
+    ClassTexts,
+    PromptConfig,
+    Prompts,
+    class_texts,
+    image_logits,
+    init_prompts,
+)
+from tapt.towers import encode_image
+from tapt.tuning import TuneConfig
+from tapt.views import random_view
+
+CHECKPOINT, LOG = "checkpoint.pt", "train.jsonl"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Defaults are the published ones for full-size CLIP.
+
+    epsilon, attack_steps: of the training attack, PGD with step size epsilon.
+    clean_share: share of unattacked images in each batch; 1.0 makes clean-tuned prompts.
+    shots: images per class, None for all.
+    min_crop: smallest area of the random resized crops.
+    validation: share held out of the training data to pick the best epoch.
+    precision: `float32` or `bfloat16` (autocast; validation is float32 in any case).
+    """
+
+    epsilon: float = 1 / 255
+    attack_steps: int = 2
+    clean_share: float = 0.5
+    shots: int | None = 16
+    epochs: int = 100
+    batch_size: int = 32
+    optimizer: str = "sgd"
+    lr: float = 0.0035
+    min_crop: float = 0.08
+    validation: float = 0.1
+    precision: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (
+            ("clean_share", 0.0, 1.0),
+            ("min_crop", 0.01, 1.0),
+            ("validation", 0.0, 0.5),
+            ("lr", 0.0, 10.0),
+        ):
+            if not low <= getattr(self, name) <= high:
+                value = getattr(self, name)
+                raise InputError(f"{name} must be from {low} to {high}, got {value}.")
+        for name in ("epochs", "batch_size", "attack_steps"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} must be >= 1, got {getattr(self, name)}.")
+        if self.optimizer not in ("sgd", "adamw"):
+            raise InputError(f"optimizer must be sgd or adamw, got {self.optimizer!r}.")
+        if self.precision not in ("float32", "bfloat16"):
+            raise InputError(f"precision must be float32 or bfloat16, got {self.precision!r}.")
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingData:
+    """Preprocessed images in memory: uint8 (N, 3, S, S) and their labels (N,)."""
+
+    classes: tuple[str, ...]
+    images: Tensor
+    labels: Tensor
+    held_images: Tensor
+    held_labels: Tensor
+
+
+def load_training_data(
+    data: LabelledImages, backbone: Backbone, config: TrainConfig
+) -> TrainingData:
+    """Splits off the validation share and takes `shots` images per class, all by the seed."""
+    held_count = round(len(data) * config.validation)
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(config.seed))
+    held = data.subset(order[:held_count].tolist())
+    rest = data.subset(order[held_count:].tolist())
+    if config.shots is not None:
+        rest = rest.balanced(config.shots * len(data.classes), config.seed)
+        held = held.balanced(min(len(held), 4 * config.shots * len(data.classes)), config.seed)
+    empty = torch.empty(0, 3, backbone.image_size, backbone.image_size, dtype=torch.uint8)
+    return TrainingData(
+        data.classes,
+        in_memory(rest, backbone.preprocess),
+        torch.tensor(rest.labels),
+        in_memory(held, backbone.preprocess) if len(held) else empty,
+        torch.tensor(held.labels),
+    )
+
+
+class Trainer:
+    """Prompts, optimiser and position; every random draw depends on (seed, step) alone, so a
+    resumed run continues as if it had not stopped."""
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        prompt_config: PromptConfig,
+        data: TrainingData,
+        config: TrainConfig,
+    ) -> None:
+        self.backbone, self.data, self.config = backbone, data, config
+        start = init_prompts(backbone, prompt_config, seed=config.seed)
+        self.prompts = start.map(lambda t: t.requires_grad_())
+        self.texts: ClassTexts = class_texts(backbone, list(data.classes), prompt_config)
+        self.steps_per_epoch = max(1, len(data.images) // config.batch_size)
+        self.total = self.steps_per_epoch * config.epochs
+        parameters = list(self.prompts.tensors.values())
+        if config.optimizer == "sgd":
+            self.optimizer = torch.optim.SGD(
+                parameters, lr=config.lr, momentum=0.9, weight_decay=5e-4
+            )
+        else:
+            self.optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01)
+        self.step = 0
+        self.best: dict[str, Tensor] = {}
+        self.best_score = -1.0
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Augmented uint8 images and labels of a step."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        order = torch.randperm(len(self.data.images), generator=shuffle)
+        size = self.config.batch_size
+        index = order[position * size : (position + 1) * size]
+        crops = torch.Generator().manual_seed(self.config.seed * 1_000_003 + 7_919 * (step + 1))
+        views = [
+            random_view(to_float(image), crops, min_scale=self.config.min_crop)
+            for image in self.data.images[index]
+        ]
+        pixels = (torch.stack(views) * 255).round().to(torch.uint8)
+        return pixels.to(self.backbone.device), self.data.labels[index].to(self.backbone.device)
+
+    def train_step(self) -> float:
+        """One step; returns the loss."""
+        config = self.config
+        pixels, labels = self.batch(self.step)
+        lr = config.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.total))
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        autocast = torch.autocast(
+            self.backbone.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
+        )
+        with autocast:
+            text = self.texts.features(self.backbone, self.prompts)
+            clean = round(len(pixels) * config.clean_share)
+            if clean < len(pixels):
+                pixels = self._attacked(pixels, labels, text, clean)
+            features, _ = encode_image(self.backbone, to_float(pixels), self.prompts.visual())
+        logits = image_logits(self.backbone, features.float(), text.float())
+        loss = F.cross_entropy(logits, labels)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        self.optimizer.step()
+        self.step += 1
+        return loss.item()
+
+    def _attacked(self, pixels: Tensor, labels: Tensor, text: Tensor, clean: int) -> Tensor:
+        config = self.config
+        attack = AttackConfig(
+            "pgd",
+            config.epsilon,
+            config.attack_steps,
+            step_size=config.epsilon,
+            seed=config.seed + self.step,
+        )
+        classifier = Classifier(self.backbone, text, self.prompts)
+        attacked = attack_images(classifier, pixels[clean:], labels[clean:], attack)
+        return torch.cat([pixels[:clean], attacked])
+
+    def validate(self, limit: int = 500) -> dict[str, float]:
+        """Clean accuracy and accuracy under PGD-5 at the training epsilon, on held-out images."""
+        images, labels = self.data.held_images[:limit], self.data.held_labels[:limit]
+        prompts = self.prompts.map(Tensor.detach)
+        with torch.no_grad():
+            text = self.texts.features(self.backbone, prompts)
+        classifier = Classifier(self.backbone, text, prompts)
+        attack = AttackConfig("pgd", self.config.epsilon, 5)
+        right, robust = 0, 0
+        for pixels, label in zip(images.split(100), labels.split(100), strict=True):
+            label = label.to(self.backbone.device)
+            attacked = attack_images(classifier, pixels, label, attack)
+            with torch.no_grad():
+                right += int((_answers(classifier, pixels) == label).sum())
+                robust += int((_answers(classifier, attacked) == label).sum())
+        count = max(1, len(images))
+        return {"clean_accuracy": right / count, "robust_accuracy": robust / count}
+
+    def keep_best(self, scores: dict[str, float]) -> None:
+        """Remembers the prompts with the best score: clean accuracy for clean-tuned prompts,
+        otherwise the mean of clean and robust accuracy."""
+        clean_only = self.config.clean_share == 1.0
+        score = scores["clean_accuracy"]
+        if not clean_only:
+            score = (score + scores["robust_accuracy"]) / 2
+        if score >= self.best_score:
+            self.best_score = score
+            self.best = {k: v.detach().clone() for k, v in self.prompts.tensors.items()}
+
+    def save(self, path: Path) -> None:
+        """Writes a checkpoint aside, then renames it."""
+        state = {
+            "prompts": {k: v.detach() for k, v in self.prompts.tensors.items()},
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.step,
+            "best": self.best,
+            "best_score": self.best_score,
+            "config": json.dumps(asdict(self.config)),
+        }
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        os.replace(temporary, path)
+
+    def load(self, path: Path) -> None:
+        """Goes on from a checkpoint of the same settings."""
+        state = torch.load(path, weights_only=True, map_location=self.backbone.device)
+        if json.loads(state["config"]) != asdict(self.config):
+            raise InputError(
+                f"{path.name} was written with other settings; use them or start anew."
+            )
+        with torch.no_grad():
+            for key, tensor in self.prompts.tensors.items():
+                tensor.copy_(state["prompts"][key])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.best_score = state["step"], state["best_score"]
+        self.best = state["best"]
+
+
+def _answers(classifier: Classifier, pixels: Tensor) -> Tensor:
+    return classifier(to_float(pixels.to(classifier.backbone.device))).argmax(-1)
+
+
+def training_rows(trainer: Trainer, checkpoint: Path, minutes: float = 3.0) -> Iterator[dict]:
+    """Trains to the end, yields one log row per epoch, and keeps the checkpoint fresh."""
+    began = saved = time.time()
+    losses: list[float] = []
+    first = trainer.step
+    bar = tqdm(total=trainer.total, initial=first, unit="step", dynamic_ncols=True)
+    while trainer.step < trainer.total:
+        losses.append(trainer.train_step())
+        bar.update()
+        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
+        if trainer.step % trainer.steps_per_epoch == 0:
+            seconds = time.time() - began
+            scores = trainer.validate() if len(trainer.data.held_images) else {}
+            if scores:
+                trainer.keep_best(scores)
+            images = (trainer.step - first) * trainer.config.batch_size
+            yield {
+                "epoch": trainer.step // trainer.steps_per_epoch,
+                "step": trainer.step,
+                "loss": round(sum(losses) / len(losses), 4),
+                **scores,
+                "images_per_second": round(images / seconds, 1),
+            }
+            losses = []
+            trainer.save(checkpoint)
+            saved = time.time()
+        elif time.time() - saved > 60 * minutes:
+            trainer.save(checkpoint)
+            saved = time.time()
+    bar.close()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    default = TrainConfig()
+    add_backbone_options(parser)
+    parser.add_argument("--data", required=True, help="folder or zip of class folders")
+    parser.add_argument("--out", type=Path, required=True, help="folder for prompts and log")
+    parser.add_argument("--design", default="VLI", choices=("V", "VLI", "VLJ"))
+    parser.add_argument("--tokens", type=int, default=2, help="prompt tokens per block")
+    parser.add_argument("--depth", type=int, default=9, help="blocks with prompts, both towers")
+    parser.add_argument("--text-depth", type=int, help="blocks with prompts in the text tower")
+    parser.add_argument("--epsilon", type=fraction, default=default.epsilon)
+    parser.add_argument("--attack-steps", type=int, default=default.attack_steps)
+    parser.add_argument("--clean-share", type=float, default=default.clean_share)
+    parser.add_argument("--shots", type=int, default=default.shots, help="per class; 0 for all")
+    parser.add_argument("--epochs", type=int, default=default.epochs)
+    parser.add_argument("--batch-size", type=int, default=default.batch_size)
+    parser.add_argument("--optimizer", default=default.optimizer, choices=("sgd", "adamw"))
+    parser.add_argument("--lr", type=float, default=default.lr)
+    parser.add_argument("--min-crop", type=float, default=default.min_crop)
+    parser.add_argument("--validation", type=float, default=default.validation)
+    parser.add_argument("--precision", default=default.precision, choices=("float32", "bfloat16"))
+    parser.add_argument("--seed", type=int, default=default.seed)
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+
+
+def run(args: argparse.Namespace) -> int:
+    names = TrainConfig.__dataclass_fields__
+    config = TrainConfig(**{k: v for k, v in vars(args).items() if k in names})
+    config = replace(config, shots=config.shots or None)
+    backbone = load_backbone(args.backbone, revision=args.revision, device=args.device)
+    prompt_config = PromptConfig(args.design, args.tokens, args.depth, args.text_depth)
+    prompt_config.shapes(backbone)  # a wrong depth ends here, before the data is read
+    data = load_training_data(load_data(args.data), backbone, config)
+    trainer = Trainer(backbone, prompt_config, data, config)
+    args.out.mkdir(parents=True, exist_ok=True)
+    checkpoint = args.out / CHECKPOINT
+    if args.resume and checkpoint.exists():
+        trainer.load(checkpoint)
+    with open(args.out / LOG, "a" if args.resume else "w", encoding="utf-8") as log:
+        for row in training_rows(trainer, checkpoint):
+            log.write(json.dumps(row) + "\n")
+            log.flush()
+            tqdm.write(json.dumps(row))
+    tensors = trainer.best or {k: v.detach() for k, v in trainer.prompts.tensors.items()}
+    training = {
+        **asdict(config),
+        "images": len(data.images),
+        "classes": len(data.classes),
+        "validation_images": len(data.held_images),
+    }
+    prompts = Prompts(prompt_config, tensors)
+    made = base_model(backbone)
+    save_pack(Pack(prompts, None, TuneConfig(), args.out.name, made, training), args.out)
+    print(f"Prompts written to {args.out}.")
+    return 0

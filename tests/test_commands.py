@@ -1,0 +1,274 @@
+"""`python -m tapt`: predict, train, statistics and evaluate, on the toy CLIP."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+from tapt.__main__ import main
+from tapt.backbone import Backbone
+from tapt.evaluate import wilson
+from tapt.pack import load_pack
+from tapt.statistics import empty_moments, token_moments
+from tapt.towers import encode_image
+from tapt.train import LOG
+
+CLASSES = ["bird", "cat", "frog"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data")
+    random = np.random.RandomState(0)
+    for name in CLASSES:
+        (folder / name).mkdir()
+        for i in range(8):
+            pixels = random.randint(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def picture(data: Path) -> str:
+    return str(data / "cat" / "0.png")
+
+
+@pytest.fixture(scope="module")
+def train_arguments(toy_folder: Path, data: Path) -> list[str]:
+    return (
+        f"train --backbone local-dir:{toy_folder} --device cpu --data {data} --design VLI "
+        "--tokens 2 --depth 2 --epsilon 4/255 --shots 0 --epochs 2 --batch-size 6 --lr 0.01 "
+        "--optimizer adamw --validation 0.2"
+    ).split()
+
+
+@pytest.fixture(scope="module")
+def trained(train_arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders `adversarial` and `clean` with trained prompts."""
+    out = tmp_path_factory.mktemp("trained")
+    assert main([*train_arguments, "--out", str(out / "adversarial")]) == 0
+    clean = ["--clean-share", "1.0", "--out", str(out / "clean")]
+    assert main([*train_arguments, *clean]) == 0
+    return out
+
+
+@pytest.fixture(scope="module")
+def pack(trained: Path, toy_folder: Path, data: Path) -> Path:
+    out = trained / "pack"
+    arguments = (
+        f"statistics --backbone local-dir:{toy_folder} --device cpu --data {data} "
+        f"--adversarial {trained / 'adversarial'} --clean {trained / 'clean'} --out {out} "
+        "--views 8 --lr 0.001"
+    )
+    assert main(arguments.split()) == 0
+    return out
+
+
+def test_train_writes_prompts_and_a_log(trained: Path, toy: Backbone):
+    rows = [json.loads(line) for line in (trained / "adversarial" / LOG).read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2]
+    assert all({"loss", "clean_accuracy", "robust_accuracy"} <= set(row) for row in rows)
+    pack = load_pack(trained / "adversarial", toy, statistics=False)
+    assert pack.training["epsilon"] == pytest.approx(4 / 255)
+    assert pack.training["clean_share"] == 0.5
+
+
+def test_clean_share_changes_the_result(trained: Path):
+    adversarial, clean = (
+        load_file(trained / name / "prompts.safetensors") for name in ("adversarial", "clean")
+    )
+    assert any(not torch.equal(adversarial[key], clean[key]) for key in clean)
+
+
+def test_resume_goes_on_to_the_same_result(
+    train_arguments: list[str], trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Stopped in the middle of the second epoch, after the checkpoint of the first."""
+    from tapt.train import Trainer
+
+    original = Trainer.train_step
+
+    def stop_late(self: Trainer) -> float:
+        if self.step == self.steps_per_epoch + 1:
+            raise KeyboardInterrupt
+        return original(self)
+
+    out = ["--out", str(tmp_path / "run")]
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "train_step", stop_late)
+        assert main([*train_arguments, *out]) == 130
+    assert not (tmp_path / "run" / "prompts.safetensors").exists()
+    assert main([*train_arguments, *out, "--resume"]) == 0
+    resumed = load_file(tmp_path / "run" / "prompts.safetensors")
+    whole = load_file(trained / "adversarial" / "prompts.safetensors")
+    assert all(torch.equal(resumed[key], whole[key]) for key in whole)
+
+
+def test_resume_refuses_other_settings(train_arguments: list[str], trained: Path, capsys):
+    out = ["--out", str(trained / "adversarial"), "--resume", "--seed", "5"]
+    assert main([*train_arguments, *out]) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_statistics_in_two_parts_equal_two_passes(toy: Backbone, pack: Path):
+    prompts = load_pack(pack, toy).prompts
+    random = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (7, 3, 32, 32), generator=random, dtype=torch.uint8)
+    whole = token_moments(toy, prompts, images, batch_size=3)
+    merged = empty_moments(toy, prompts)
+    for size in (5, 2):
+        merged = token_moments(toy, prompts, images, batch_size=size).merge(merged)
+    assert merged.count == 2 * whole.count
+    torch.testing.assert_close(merged.total, 2 * whole.total, rtol=1e-6, atol=1e-6)
+
+    from tapt.images import to_float
+    from tapt.views import random_view
+
+    views = torch.stack(
+        [random_view(to_float(x), torch.Generator().manual_seed(i)) for i, x in enumerate(images)]
+    )
+    _, taps = encode_image(toy, views, prompts.visual(), tap=range(toy.visual_blocks))
+    stacked = torch.stack(taps).double()
+    statistics = whole.statistics()
+    torch.testing.assert_close(statistics.mean.double(), stacked.mean(1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(statistics.var.double(), stacked.var(1), rtol=1e-4, atol=1e-5)
+
+
+def test_statistics_make_a_whole_pack(pack: Path, toy: Backbone):
+    loaded = load_pack(pack, toy)
+    assert loaded.test_time.views == 8
+    assert loaded.test_time.lr == pytest.approx(0.001)
+    assert loaded.training["statistics"]["images"] == 24
+    assert not torch.equal(loaded.statistics.adversarial.mean, loaded.statistics.clean.mean)
+    card = (pack / "README.md").read_text()
+    assert "library_name: tapt" in card
+    assert "has not been evaluated" in card
+
+
+def predict(picture: str, *options: str, toy_folder: Path) -> int:
+    backbone = ["--backbone", f"local-dir:{toy_folder}", "--device", "cpu"]
+    return main(["predict", picture, "--classes", "cat,dog,frog", *backbone, *options])
+
+
+def test_predict_json(picture: str, pack: Path, toy_folder: Path, capsys):
+    options = f"--pack {pack} --attack pgd --epsilon 4/255 --steps 3 --threat static --json"
+    assert predict(picture, *options.split(), toy_folder=toy_folder) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["classes"] == ["cat", "dog", "frog"]
+    assert set(result["results"]) == {"clip", "static", "ensemble", "tapt"}
+    for answers in result["results"].values():
+        for probabilities in answers.values():
+            assert sum(probabilities) == pytest.approx(1, abs=1e-5)
+    assert 0 < result["linf_255"] <= 4
+    assert result["settings"]["threat"] == "static"
+    assert len(result["trace"]["attacked"]["entropies"]) == 8
+
+
+def test_predict_without_attack_and_pack(picture: str, toy_folder: Path, capsys):
+    assert predict(picture, "--json", "--views", "4", toy_folder=toy_folder) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["linf_255"] is None
+    assert result["trace"]["attacked"] is None
+    assert all(answers["attacked"] is None for answers in result["results"].values())
+    assert result["settings"]["trained"] is False
+
+
+def test_predict_table_labels_untrained_prompts(picture: str, toy_folder: Path, capsys):
+    options = ["--attack", "pgd", "--steps", "2", "--views", "4"]
+    assert predict(picture, *options, toy_folder=toy_folder) == 0
+    out = capsys.readouterr().out
+    assert "untrained prompts, entropy only" in out
+    assert "measured L-inf" in out
+
+
+def test_saved_attack_keeps_its_effect(picture: str, toy_folder: Path, tmp_path: Path, capsys):
+    saved = tmp_path / "attacked.png"
+    options = ["--attack", "pgd", "--steps", "3", "--views", "4", "--json"]
+    assert predict(picture, *options, "--save", str(saved), toy_folder=toy_folder) == 0
+    attacked = json.loads(capsys.readouterr().out)["results"]["clip"]["attacked"]
+    assert predict(str(saved), "--views", "4", "--json", toy_folder=toy_folder) == 0
+    again = json.loads(capsys.readouterr().out)["results"]["clip"]["clean"]
+    assert again == attacked
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        (["--attack", "pgd", "--epsilon", "0"], "epsilon must be a number from 1/255 to 1"),
+        (["--attack", "pgd", "--steps", "0"], "steps must be a number from 1"),
+        (["--views", "0"], "views must be a whole number from 1"),
+        (["--label", "bus"], "'bus' is not one of the class names"),
+        (["--pack", "nowhere"], "There is no pack 'nowhere'"),
+        (["--classes", "cat"], "at least two class names"),
+        (["--save", "x.png"], "choose an --attack"),
+    ],
+)
+def test_predict_says_what_is_wrong(options, sentence, picture, toy_folder, capsys):
+    assert predict(picture, *options, toy_folder=toy_folder) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert "Traceback" not in error
+
+
+def evaluate(data: Path, pack: Path, toy_folder: Path, out: Path, *options: str) -> int:
+    arguments = (
+        f"evaluate --data {data} --backbone local-dir:{toy_folder} --device cpu --pack {pack} "
+        f"--threats clip,static --attack pgd --epsilon 2/255,200/255 --steps 4 --out {out}"
+    )
+    return main([*arguments.split(), *options])
+
+
+def test_evaluate(data: Path, pack: Path, toy_folder: Path, tmp_path: Path, capsys):
+    defenses = "clip,static,ensemble,tapt,random-start"
+    options = ["--defenses", defenses, "--limit", "9", "--batch-size", "4"]
+    assert evaluate(data, pack, toy_folder, tmp_path / "out", *options) == 0
+    assert "95 % interval" in capsys.readouterr().out
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    rows = {(r["defense"], r["threat"], r["epsilon_255"]): r for r in results["rows"]}
+    assert len(rows) == 5 * 2 * 2
+    assert all(row["n"] == 9 for row in rows.values())
+    for row in rows.values():
+        assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
+        assert row["seconds_per_image"] > 0
+    for name in ("clip", "static"):  # an attack that may change almost anything leaves nothing
+        assert rows[name, name, 200]["accuracy"] <= 0.12
+    outcomes = [
+        json.loads(x) for x in (tmp_path / "out" / "outcomes.jsonl").read_text().split("\n") if x
+    ]
+    assert len(outcomes) == 9 * 5
+    assert max(o["linf_255"] for o in outcomes if o["condition"].endswith(" 2/255")) == 2
+    recount = sum(
+        o["answers"]["tapt"] == o["label"] for o in outcomes if o["condition"] == "static pgd 2/255"
+    )
+    assert rows["tapt", "static", 2]["accuracy"] == pytest.approx(recount / 9)
+
+
+def test_evaluate_does_not_depend_on_other_defenses(data, pack, toy_folder, tmp_path):
+    options = ["--limit", "6", "--batch-size", "3"]
+    evaluate(data, pack, toy_folder, tmp_path / "a", *options, "--defenses", "tapt")
+    evaluate(data, pack, toy_folder, tmp_path / "b", *options, "--defenses", "clip,tapt")
+    told = [
+        [json.loads(x)["answers"]["tapt"] for x in (tmp_path / name / "outcomes.jsonl").open()]
+        for name in "ab"
+    ]
+    assert told[0] == told[1]
+
+
+def test_evaluate_refuses_unknown_names(data, pack, toy_folder, tmp_path, capsys):
+    assert evaluate(data, pack, toy_folder, tmp_path, "--defenses", "clip,magic") == 2
+    assert "'magic' is unknown" in capsys.readouterr().err
+
+
+def test_wilson_interval():
+    assert wilson(0, 0) == (0.0, 1.0)
+    low, high = wilson(50, 100)  # by hand from the formula
+    assert low == pytest.approx(0.40383, abs=1e-5)
+    assert high == pytest.approx(0.59617, abs=1e-5)
+    assert wilson(0, 10)[0] == 0.0
+    assert wilson(10, 10)[1] == pytest.approx(1.0)
