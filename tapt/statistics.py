@@ -7,10 +7,12 @@ resized crops like the views' (`tapt.views`).
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor
 from tqdm import tqdm
 
@@ -19,7 +21,12 @@ from tapt.data import in_memory, load_data
 from tapt.errors import InputError, PackError
 from tapt.images import to_float
 from tapt.losses import Statistics, TokenStatistics
-from tapt.options import add_backbone_options, add_tuning_options, tuning_config
+from tapt.options import (
+    add_backbone_options,
+    add_tuning_options,
+    start_processes,
+    tuning_config,
+)
 from tapt.pack import Pack, load_pack, save_pack
 from tapt.prompts import Prompts
 from tapt.towers import encode_image
@@ -68,24 +75,43 @@ def empty_moments(backbone: Backbone, prompts: Prompts) -> Moments:
 
 @torch.no_grad()
 def token_moments(
-    backbone: Backbone, prompts: Prompts, images: Tensor, *, seed: int = 0, batch_size: int = 128
+    backbone: Backbone,
+    prompts: Prompts,
+    images: Tensor,
+    *,
+    indices: Sequence[int] | None = None,
+    seed: int = 0,
+    batch_size: int = 128,
 ) -> Moments:
     """Moments over one random view of each image.
 
     images: uint8, (N, 3, S, S). Image i's view is drawn by (seed, i).
+    indices: of the images to use, default all.
     """
     moments = empty_moments(backbone, prompts)
     visual, blocks = prompts.visual(), range(backbone.visual_blocks)
-    for start in tqdm(range(0, len(images), batch_size), unit="batch", dynamic_ncols=True):
+    indices = range(len(images)) if indices is None else indices
+    for start in tqdm(range(0, len(indices), batch_size), unit="batch", dynamic_ncols=True):
         views = torch.stack(
             [
-                random_view(to_float(image), torch.Generator().manual_seed(seed * 1_000_003 + i))
-                for i, image in enumerate(images[start : start + batch_size], start)
+                random_view(
+                    to_float(images[i]), torch.Generator().manual_seed(seed * 1_000_003 + i)
+                )
+                for i in indices[start : start + batch_size]
             ]
         )
         _, taps = encode_image(backbone, views.to(backbone.device), visual, tap=blocks)
         moments.add(taps)
     return moments
+
+
+def gather(moments: Moments) -> Moments:
+    """The sum over all processes."""
+    parts = gather_object([moments])
+    total = parts[0]
+    for part in parts[1:]:
+        total = total.merge(part)
+    return total
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -102,7 +128,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    backbone = load_backbone(args.backbone, revision=args.revision, device=args.device)
+    state = start_processes(args.device)
+    backbone = load_backbone(
+        args.backbone, revision=args.revision, device=args.device or state.device
+    )
     adversarial = load_pack(args.adversarial, backbone, statistics=False)
     clean = load_pack(args.clean, backbone, statistics=False)
     if clean.prompts.config != adversarial.prompts.config:
@@ -111,10 +140,13 @@ def run(args: argparse.Namespace) -> int:
     if args.limit is not None:
         data = data.balanced(args.limit, args.seed)
     images = in_memory(data, backbone.preprocess)
+    mine = range(state.process_index, len(images), state.num_processes)
     parts = [
-        token_moments(backbone, pack.prompts, images, seed=args.seed).statistics()
+        gather(token_moments(backbone, pack.prompts, images, indices=mine, seed=args.seed))
         for pack in (adversarial, clean)
     ]
+    if not state.is_main_process:
+        return 0
     training = {
         "adversarial": adversarial.training,
         "clean": clean.training,
@@ -127,7 +159,7 @@ def run(args: argparse.Namespace) -> int:
     }
     pack = Pack(
         adversarial.prompts,
-        Statistics(*parts),
+        Statistics(*(moments.statistics() for moments in parts)),
         tuning_config(args, adversarial.test_time),
         args.out.name,
         adversarial.base_model,

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
+from accelerate.utils import reduce
 from torch import Tensor
 from tqdm import tqdm
 
@@ -25,7 +27,7 @@ from tapt.backbone import Backbone, load_backbone
 from tapt.data import LabelledImages, in_memory, load_data
 from tapt.errors import InputError
 from tapt.images import to_float
-from tapt.options import add_backbone_options, fraction
+from tapt.options import add_backbone_options, fraction, start_processes
 from tapt.pack import Pack, base_model, save_pack
 from tapt.prompts import (
     ClassTexts,
@@ -118,6 +120,20 @@ def load_training_data(
     )
 
 
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """images: augmented, (B, 3, S, S) in [0, 1]. labels: (B,).
+    attacked: which images are attacked, (B,). start: of the attack, in [-1, 1] times epsilon.
+    joint: images in the joint batch of all processes.
+    """
+
+    images: Tensor
+    labels: Tensor
+    attacked: Tensor
+    start: Tensor
+    joint: int
+
+
 class Trainer:
     """Prompts, optimiser and position; every random draw depends on (seed, step) alone, so a
     resumed run continues as if it had not stopped."""
@@ -130,6 +146,7 @@ class Trainer:
         config: TrainConfig,
     ) -> None:
         self.backbone, self.data, self.config = backbone, data, config
+        self.state = PartialState()
         start = init_prompts(backbone, prompt_config, seed=config.seed)
         self.prompts = start.map(lambda t: t.requires_grad_())
         self.texts: ClassTexts = class_texts(backbone, list(data.classes), prompt_config)
@@ -146,74 +163,88 @@ class Trainer:
         self.best: dict[str, Tensor] = {}
         self.best_score = -1.0
 
-    def batch(self, step: int) -> tuple[Tensor, Tensor]:
-        """Augmented uint8 images and labels of a step."""
+    def batch(self, step: int) -> Batch:
+        """This process's part of a step's batch; the parts of all processes make up the batch
+        that one process alone would draw."""
         epoch, position = divmod(step, self.steps_per_epoch)
-        shuffle = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        seed, size = self.config.seed * 1_000_003, self.config.batch_size
+        shuffle = torch.Generator().manual_seed(seed + epoch)
         order = torch.randperm(len(self.data.images), generator=shuffle)
-        size = self.config.batch_size
         index = order[position * size : (position + 1) * size]
-        crops = torch.Generator().manual_seed(self.config.seed * 1_000_003 + 7_919 * (step + 1))
+        draws = torch.Generator().manual_seed(seed + 7_919 * (step + 1))
         views = [
-            random_view(to_float(image), crops, min_scale=self.config.min_crop)
+            random_view(to_float(image), draws, min_scale=self.config.min_crop)
             for image in self.data.images[index]
         ]
-        pixels = (torch.stack(views) * 255).round().to(torch.uint8)
-        return pixels.to(self.backbone.device), self.data.labels[index].to(self.backbone.device)
+        images = torch.stack(views)
+        start = torch.rand(images.shape, generator=draws) * 2 - 1
+        attacked = torch.arange(len(index)) >= round(len(index) * self.config.clean_share)
+        mine = slice(self.state.process_index, None, self.state.num_processes)
+        parts = (images, self.data.labels[index], attacked, start)
+        return Batch(*(part[mine].to(self.backbone.device) for part in parts), joint=len(index))
 
     def train_step(self) -> float:
-        """One step; returns the loss."""
-        config = self.config
-        pixels, labels = self.batch(self.step)
+        """One step on the joint batch of all processes; returns its loss."""
+        config, batch = self.config, self.batch(self.step)
         lr = config.lr * 0.5 * (1 + math.cos(math.pi * self.step / self.total))
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        autocast = torch.autocast(
-            self.backbone.device.type, torch.bfloat16, enabled=config.precision == "bfloat16"
-        )
-        with autocast:
+        device = self.backbone.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=config.precision == "bfloat16"):
             text = self.texts.features(self.backbone, self.prompts)
-            clean = round(len(pixels) * config.clean_share)
-            if clean < len(pixels):
-                pixels = self._attacked(pixels, labels, text, clean)
-            features, _ = encode_image(self.backbone, to_float(pixels), self.prompts.visual())
+            images = self._attacked(batch, text.detach())
+            features, _ = encode_image(self.backbone, images, self.prompts.visual())
         logits = image_logits(self.backbone, features.float(), text.float())
-        loss = F.cross_entropy(logits, labels)
+        loss = F.cross_entropy(logits, batch.labels, reduction="sum") / batch.joint
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        for tensor in self.prompts.tensors.values():
+            tensor.grad = reduce(tensor.grad, "sum")
         self.optimizer.step()
         self.step += 1
-        return loss.item()
+        return float(reduce(loss.detach(), "sum"))
 
-    def _attacked(self, pixels: Tensor, labels: Tensor, text: Tensor, clean: int) -> Tensor:
-        config = self.config
-        attack = AttackConfig(
-            "pgd",
-            config.epsilon,
-            config.attack_steps,
-            step_size=config.epsilon,
-            seed=config.seed + self.step,
-        )
-        classifier = Classifier(self.backbone, text, self.prompts)
-        attacked = attack_images(classifier, pixels[clean:], labels[clean:], attack)
-        return torch.cat([pixels[:clean], attacked])
+    def _attacked(self, batch: Batch, text: Tensor) -> Tensor:
+        """The images, the attacked share after PGD on the current prompts."""
+        chosen = batch.attacked
+        if not chosen.any():
+            return batch.images
+        clean, labels = batch.images[chosen], batch.labels[chosen]
+        visual, epsilon = self.prompts.visual().detach(), self.config.epsilon
+        images = (clean + epsilon * batch.start[chosen]).clamp(0, 1)
+        for _ in range(self.config.attack_steps):
+            images.requires_grad_()
+            features, _ = encode_image(self.backbone, images, visual)
+            logits = image_logits(self.backbone, features.float(), text.float())
+            (gradient,) = torch.autograd.grad(
+                F.cross_entropy(logits, labels, reduction="sum"), images
+            )
+            images = images.detach() + epsilon * gradient.sign()
+            images = clean + (images - clean).clamp(-epsilon, epsilon)
+            images = images.clamp(0, 1)
+        result = batch.images.clone()
+        result[chosen] = images
+        return result
 
     def validate(self, limit: int = 500) -> dict[str, float]:
         """Clean accuracy and accuracy under PGD-5 at the training epsilon, on held-out images."""
-        images, labels = self.data.held_images[:limit], self.data.held_labels[:limit]
+        mine = slice(self.state.process_index, limit, self.state.num_processes)
+        images, labels = self.data.held_images[mine], self.data.held_labels[mine]
         prompts = self.prompts.map(Tensor.detach)
         with torch.no_grad():
             text = self.texts.features(self.backbone, prompts)
         classifier = Classifier(self.backbone, text, prompts)
         attack = AttackConfig("pgd", self.config.epsilon, 5)
-        right, robust = 0, 0
+        counts = torch.zeros(3, device=self.backbone.device)
         for pixels, label in zip(images.split(100), labels.split(100), strict=True):
             label = label.to(self.backbone.device)
             attacked = attack_images(classifier, pixels, label, attack)
             with torch.no_grad():
-                right += int((_answers(classifier, pixels) == label).sum())
-                robust += int((_answers(classifier, attacked) == label).sum())
-        count = max(1, len(images))
+                right, robust = (
+                    (_answers(classifier, x) == label).sum() for x in (pixels, attacked)
+                )
+            counts += torch.stack([right, robust, torch.tensor(len(label), device=right.device)])
+        right, robust, count = reduce(counts, "sum").tolist()
         return {"clean_accuracy": right / count, "robust_accuracy": robust / count}
 
     def keep_best(self, scores: dict[str, float]) -> None:
@@ -265,7 +296,10 @@ def training_rows(trainer: Trainer, checkpoint: Path, minutes: float = 3.0) -> I
     began = saved = time.time()
     losses: list[float] = []
     first = trainer.step
-    bar = tqdm(total=trainer.total, initial=first, unit="step", dynamic_ncols=True)
+    main = trainer.state.is_main_process
+    bar = tqdm(
+        total=trainer.total, initial=first, unit="step", dynamic_ncols=True, disable=not main
+    )
     while trainer.step < trainer.total:
         losses.append(trainer.train_step())
         bar.update()
@@ -284,9 +318,9 @@ def training_rows(trainer: Trainer, checkpoint: Path, minutes: float = 3.0) -> I
                 "images_per_second": round(images / seconds, 1),
             }
             losses = []
-            trainer.save(checkpoint)
-            saved = time.time()
-        elif time.time() - saved > 60 * minutes:
+        if main and (
+            trainer.step % trainer.steps_per_epoch == 0 or time.time() - saved > 60 * minutes
+        ):
             trainer.save(checkpoint)
             saved = time.time()
     bar.close()
@@ -320,7 +354,10 @@ def run(args: argparse.Namespace) -> int:
     names = TrainConfig.__dataclass_fields__
     config = TrainConfig(**{k: v for k, v in vars(args).items() if k in names})
     config = replace(config, shots=config.shots or None)
-    backbone = load_backbone(args.backbone, revision=args.revision, device=args.device)
+    state = start_processes(args.device)
+    backbone = load_backbone(
+        args.backbone, revision=args.revision, device=args.device or state.device
+    )
     prompt_config = PromptConfig(args.design, args.tokens, args.depth, args.text_depth)
     prompt_config.shapes(backbone)  # a wrong depth ends here, before the data is read
     data = load_training_data(load_data(args.data), backbone, config)
@@ -329,20 +366,26 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = args.out / CHECKPOINT
     if args.resume and checkpoint.exists():
         trainer.load(checkpoint)
-    with open(args.out / LOG, "a" if args.resume else "w", encoding="utf-8") as log:
-        for row in training_rows(trainer, checkpoint):
-            log.write(json.dumps(row) + "\n")
-            log.flush()
+    for row in training_rows(trainer, checkpoint):
+        if state.is_main_process:
+            with open(args.out / LOG, "a" if row["epoch"] > 1 else "w", encoding="utf-8") as log:
+                log.write(json.dumps(row) + "\n")
             tqdm.write(json.dumps(row))
-    tensors = trainer.best or {k: v.detach() for k, v in trainer.prompts.tensors.items()}
+    if state.is_main_process:
+        _write_prompts(trainer, args.out)
+    return 0
+
+
+def _write_prompts(trainer: Trainer, out: Path) -> None:
+    prompts, data = trainer.prompts.map(Tensor.detach), trainer.data
+    tensors = trainer.best or prompts.tensors
     training = {
-        **asdict(config),
+        **asdict(trainer.config),
         "images": len(data.images),
         "classes": len(data.classes),
         "validation_images": len(data.held_images),
     }
-    prompts = Prompts(prompt_config, tensors)
-    made = base_model(backbone)
-    save_pack(Pack(prompts, None, TuneConfig(), args.out.name, made, training), args.out)
-    print(f"Prompts written to {args.out}.")
-    return 0
+    made = base_model(trainer.backbone)
+    pack = Pack(Prompts(prompts.config, tensors), None, TuneConfig(), out.name, made, training)
+    save_pack(pack, out)
+    print(f"Prompts written to {out}.")
