@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 import math
 
-from accelerate import PartialState
-
 from tapt.tuning import TuneConfig
 
 
@@ -30,11 +28,6 @@ def fractions(text: str) -> list[float]:
 def names(text: str) -> list[str]:
     """A list of names, by commas."""
     return [part.strip() for part in text.split(",") if part.strip()]
-
-
-def start_processes(device: str | None) -> PartialState:
-    """Joins the processes of `accelerate launch`; one process alone is the usual case."""
-    return PartialState(cpu=device == "cpu")
 
 
 def add_backbone_options(parser: argparse.ArgumentParser) -> None:

@@ -135,7 +135,11 @@ def _read_statistics(
 
 
 def save_pack(pack: Pack, folder: str | os.PathLike) -> None:
-    """Writes a pack; each file is written aside, then renamed, config.json last."""
+    """Writes a pack; each file is written aside, then renamed, config.json last.
+
+    Without statistics, those of an older pack in this folder and its card are removed: they do
+    not belong to these prompts.
+    """
     config = {
         "format": FORMAT,
         "version": VERSION,
@@ -147,6 +151,9 @@ def save_pack(pack: Pack, folder: str | os.PathLike) -> None:
     }
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    if pack.statistics is None:
+        for stale in (STATISTICS, CARD):
+            (folder / stale).unlink(missing_ok=True)
     write_file(folder / PROMPTS, save(_storable(dict(pack.prompts.tensors))))
     if pack.statistics is not None:
         statistics = {

@@ -24,10 +24,10 @@ from tapt.losses import Statistics, TokenStatistics
 from tapt.options import (
     add_backbone_options,
     add_tuning_options,
-    start_processes,
     tuning_config,
 )
 from tapt.pack import Pack, load_pack, save_pack
+from tapt.processes import start_processes
 from tapt.prompts import Prompts
 from tapt.towers import encode_image
 from tapt.views import random_view

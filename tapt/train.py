@@ -27,8 +27,9 @@ from tapt.backbone import Backbone, load_backbone
 from tapt.data import LabelledImages, in_memory, load_data
 from tapt.errors import InputError
 from tapt.images import to_float
-from tapt.options import add_backbone_options, fraction, start_processes
+from tapt.options import add_backbone_options, fraction
 from tapt.pack import Pack, base_model, save_pack
+from tapt.processes import start_processes
 from tapt.prompts import (
     ClassTexts,
     PromptConfig,

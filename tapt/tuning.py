@@ -282,9 +282,13 @@ def _logits_in_chunks(backbone, prompts: Prompts, views: Tensor, text_features, 
 
 
 def views_per_pass(backbone: Backbone) -> int:
-    """Views in one pass without gradients: about 3,200 tokens, which keeps a core's matrix unit
-    busy and the activations of ViT-B/16 under 200 MB."""
-    return max(1, 3200 // backbone.image_tokens)
+    """Views in one pass without gradients.
+
+    On a CPU about 1,600 tokens: with more, the activations outgrow what the allocator keeps, and
+    their pages are mapped anew at every layer.
+    """
+    tokens = 1600 if backbone.device.type == "cpu" else 16_000
+    return max(1, tokens // backbone.image_tokens)
 
 
 def _losses(logits, taps, images: int, statistics, config: TuneConfig, prompts: Prompts, blocks):

@@ -160,7 +160,7 @@ def test_a_folder_with_a_timm_tower(copy: Path):
     config = json.loads((copy / CONFIG_FILE).read_text())
     config["model_cfg"]["vision_cfg"]["timm_model_name"] = "convnext_base"
     (copy / CONFIG_FILE).write_text(json.dumps(config))
-    with pytest.raises(BackboneError, match="image tower .* timm's convnext_base"):
+    with pytest.raises(BackboneError, match=r"image tower .* timm's convnext_base"):
         load_backbone(f"local-dir:{copy}")
 
 

@@ -89,9 +89,7 @@ def test_without_prompts_the_towers_are_open_clips_own(variant, mode):
         features, taps = encode_image(backbone, pixels)
         assert taps == []
         assert torch.equal(features, own(backbone.model.encode_image, backbone.normalize(pixels)))
-        assert torch.equal(
-            encode_text(backbone, tokens), own(backbone.model.encode_text, tokens)
-        )
+        assert torch.equal(encode_text(backbone, tokens), own(backbone.model.encode_text, tokens))
 
 
 def test_the_gradient_for_pixels_is_open_clips_own(toy: Backbone):

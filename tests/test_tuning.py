@@ -17,7 +17,7 @@ from tapt.errors import Cancelled, InputError
 from tapt.losses import Statistics, TokenStatistics, entropy, multi_view_entropy
 from tapt.prompts import PromptConfig, Prompts, class_texts, image_logits, init_prompts
 from tapt.towers import encode_image
-from tapt.tuning import Tuned, TuneConfig, aligned_blocks, tune
+from tapt.tuning import TuneConfig, Tuned, aligned_blocks, tune
 from tapt.views import make_views
 
 DESIGNS = ("V", "VLI", "VLJ")
@@ -136,7 +136,9 @@ def test_a_batch_equals_one_by_one(setup: Setup):
                 getattr(batch.trace, name)[index], getattr(alone.trace, name)[0]
             )
         torch.testing.assert_close(batch.trace.before.total[index], alone.trace.before.total[0])
-        torch.testing.assert_close(batch.trace.observed.var[:, index], alone.trace.observed.var[:, 0])
+        torch.testing.assert_close(
+            batch.trace.observed.var[:, index], alone.trace.observed.var[:, 0]
+        )
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -217,7 +219,9 @@ def test_parameters_that_nothing_uses_do_not_move(exact: Backbone):
     deep = Setup(exact, "VLJ")
     config = PromptConfig("VLJ", 2, 3, 1)
     deep.prompts, deep.texts = init_prompts(exact, config), class_texts(exact, TOY_CLASSES, config)
-    moved = deep.tune(some_views(exact, 1)).prompts.tensors["text"][0] - deep.prompts.tensors["text"]
+    moved = (
+        deep.tune(some_views(exact, 1)).prompts.tensors["text"][0] - deep.prompts.tensors["text"]
+    )
     assert (moved.abs().amax((1, 2)) > 0).all()  # through the projections
 
 

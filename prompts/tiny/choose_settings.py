@@ -1,0 +1,132 @@
+"""Chooses a pack's test-time settings on images held out of the training data.
+
+    python prompts/tiny/choose_settings.py --data cifar10-train.zip --pack prompts/tiny/vli
+
+Every setting is tried on the same images, clean and attacked by PGD (on vanilla CLIP, and on the
+static prompts); the best mean of the three accuracies is printed first. The images are the
+validation split of `python -m tapt train`, so no prompt was trained on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+from tapt.attacks import AttackConfig, attack_images
+from tapt.backbone import load_backbone
+from tapt.data import load_data
+from tapt.defense import Defender, make_defender
+from tapt.images import to_float
+from tapt.losses import entropy, mean_probability, select_views
+from tapt.options import fraction
+from tapt.pack import load_pack
+from tapt.prompts import logits
+from tapt.train import TrainConfig, load_training_data
+from tapt.tuning import TuneConfig, tune
+from tapt.views import make_views
+
+
+def kept_views(defender: Defender, pixels: Tensor, config: TuneConfig, first: int) -> Tensor:
+    """The most confident views of each image under the static prompts, (M, K, 3, S, S)."""
+    backbone, prompts = defender.backbone, defender.pack.prompts
+    rows = []
+    for i, image in enumerate(to_float(pixels)):
+        generator = torch.Generator().manual_seed(first + i)
+        views = make_views(image, config.views, generator=generator)
+        with torch.no_grad():
+            scores = entropy(logits(backbone, views, defender.static_features, prompts))
+        rows.append(views[select_views(scores, config.keep)])
+    return torch.stack(rows)
+
+
+def answers(defender: Defender, kept: Tensor, pixels: Tensor, config: TuneConfig) -> Tensor:
+    """TAPT's answers, (M,), when the views are selected already."""
+    tuned = tune(
+        defender.backbone,
+        defender.pack.prompts,
+        kept,
+        defender.prompted,
+        statistics=defender.pack.statistics,
+        config=config.updated(keep=1.0),
+    )
+    with torch.no_grad():
+        text = defender.prompted.features(defender.backbone, tuned.prompts)
+        return logits(defender.backbone, to_float(pixels), text, tuned.prompts).argmax(-1)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", required=True, help="the training data, as for the prompts")
+    parser.add_argument("--backbone", default="tiny")
+    parser.add_argument("--pack", required=True)
+    parser.add_argument("--validation", type=float, default=0.02, help="as for the prompts")
+    parser.add_argument("--epsilon", type=fraction, default=2 / 255)
+    parser.add_argument("--steps", type=int, default=10, help="attack steps")
+    parser.add_argument("--limit", type=int, default=200)
+    parser.add_argument("--lr", default="0.0005,0.002,0.005,0.01,0.02")
+    parser.add_argument("--alignment-weight", default="0,10,100")
+    parser.add_argument("--alpha", default="0.5")
+    parser.add_argument("--tune-steps", default="1")
+    args = parser.parse_args()
+
+    backbone = load_backbone(args.backbone)
+    split = TrainConfig(shots=None, validation=args.validation)
+    data = load_training_data(load_data(args.data), backbone, split)
+    images, labels = data.held_images[: args.limit], data.held_labels[: args.limit]
+    defender = make_defender(backbone, load_pack(args.pack, backbone), data.classes)
+    base = defender.pack.test_time
+    grid = [
+        base.updated(lr=lr, alignment_weight=weight, alpha=alpha, steps=int(steps))
+        for lr, weight, alpha, steps in itertools.product(
+            *(
+                [float(v) for v in text.split(",")]
+                for text in (args.lr, args.alignment_weight, args.alpha, args.tune_steps)
+            )
+        )
+    ]
+    attack = AttackConfig("pgd", args.epsilon, args.steps)
+    right = torch.zeros(len(grid) + 2, 3)  # rows: settings, then static and ensemble
+    for start in range(0, len(images), 20):
+        pixels, truth = images[start : start + 20], labels[start : start + 20]
+        for column, threat in enumerate((None, "clip", "static")):
+            seen = pixels
+            if threat is not None:
+                seen = attack_images(defender.classifier(threat), pixels, truth, attack)
+            kept = kept_views(defender, seen, base, start)
+            told = [answers(defender, kept, seen, config) for config in grid]
+            told.append(defender.static(seen).argmax(-1))
+            with torch.no_grad():
+                flat = logits(
+                    backbone, kept.flatten(0, 1), defender.static_features, defender.pack.prompts
+                )
+            told.append(mean_probability(flat.view(*kept.shape[:2], -1)).argmax(-1))
+            right[:, column] += torch.stack([(t == truth).sum() for t in told])
+        print(f"{start + len(pixels)}/{len(images)} images", file=sys.stderr)
+    right /= len(images)
+    names = [
+        {key: getattr(config, key) for key in ("lr", "alignment_weight", "alpha", "steps")}
+        for config in grid
+    ]
+    table = [
+        {
+            "settings": name,
+            "clean": round(float(row[0]), 4),
+            "clip": round(float(row[1]), 4),
+            "static": round(float(row[2]), 4),
+            "mean": round(float(row.mean()), 4),
+        }
+        for name, row in zip([*names, "static prompts", "untuned ensemble"], right, strict=True)
+    ]
+    for row in sorted(table, key=lambda row: -row["mean"]):
+        print(json.dumps(row))
+
+
+if __name__ == "__main__":
+    main()
