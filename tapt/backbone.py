@@ -205,8 +205,10 @@ def load_backbone(
     dtype: default float32.
 
     Raises:
-        BackboneError: unknown name, missing weights, or a tower that cannot take prompts.
+        BackboneError: unknown name or device, missing weights, or a tower that cannot take
+            prompts.
     """
+    place = _usable_device(device or default_device())
     kind, _, rest = name.partition(":")
     commit, sha256 = None, None
     if kind == "random":
@@ -220,7 +222,7 @@ def load_backbone(
     else:
         model, tokenizer, sha256, commit = _load_tag(kind, rest or "openai", revision)
     model.requires_grad_(False).eval()
-    model.to(device=torch.device(device or default_device()), dtype=dtype or torch.float32)
+    model.to(device=place, dtype=dtype or torch.float32)
     return Backbone(name, model, tokenizer, name, commit, sha256)
 
 
@@ -229,6 +231,13 @@ def default_device() -> str:
     if torch.cuda.is_available():
         return "cuda"
     return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+def _usable_device(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(1, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise BackboneError(f"PyTorch has no device {str(device)!r} on this computer.") from error
 
 
 def _build_random(architecture: str, name: str) -> nn.Module:

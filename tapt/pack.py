@@ -105,7 +105,7 @@ def load_pack(source: str | os.PathLike, backbone: Backbone, *, statistics: bool
         PackError: missing, malformed, or made for another backbone; the message says which.
     """
     name = str(source)
-    known = {n for folder in EMBEDDED.iterdir() for n in embedded_packs(folder.name)}
+    known = {f"{p.parts[-3]}/{p.parts[-2]}" for p in EMBEDDED.glob(f"*/*/{CONFIG}")}
     folder = EMBEDDED / name if name in known else Path(name).expanduser()
     if not folder.is_dir():
         raise PackError(f"There is no pack {name!r}: use {', '.join(sorted(known))} or a folder.")

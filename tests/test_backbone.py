@@ -331,3 +331,9 @@ def test_custom_text_towers_are_found(tmp_path: Path):
     backbone = load_backbone(f"local-dir:{folder}", device="cpu")
     assert backbone.text is backbone.model.text
     assert (backbone.text_width, backbone.text_blocks, backbone.context_length) == (32, 3, 24)
+
+
+def test_a_device_that_is_not_there_is_named(toy_folder: Path):
+    for device in ("abacus", "cuda:99"):
+        with pytest.raises(BackboneError, match=f"no device '{device}'"):
+            load_backbone(f"local-dir:{toy_folder}", device=device)

@@ -1,0 +1,92 @@
+"""Serves the page: vanilla CLIP beside TAPT, on a picture that is attacked or not.
+
+python app.py
+python app.py --backbone ViT-B-16 --device cuda
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from tapt.errors import TaptError
+
+
+def _port(text: str) -> int:
+    if not text.isdecimal() or not 1 <= int(text) <= 65535:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 65535, got {text!r}")
+    return int(text)
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Command-line arguments; a hosting platform may set address and port by environment."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--host",
+        default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
+        help="address to serve on (default %(default)s: this computer only)",
+    )
+    parser.add_argument(
+        "--port",
+        type=_port,
+        default=os.environ.get("GRADIO_SERVER_PORT", "7860"),
+        help="port (default %(default)s)",
+    )
+    parser.add_argument(
+        "--backbone",
+        default="tiny",
+        help="tiny (embedded), ViT-B-16, hf-hub:owner/repo, ... (default %(default)s)",
+    )
+    parser.add_argument(
+        "--pack",
+        help="embedded pack or folder (default: the backbone's own, else untrained prompts)",
+    )
+    parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Loads the model, then serves until interrupted."""
+    args = parse_args(argv)
+    # imported late, so that --help and a mistyped option answer at once
+    from tapt.ui.service import load_service
+
+    try:
+        service = load_service(args.backbone, args.pack, args.device)
+    except TaptError as error:
+        _fail(str(error))
+    from tapt.ui.page import build_page, launch_options
+
+    page = build_page(service)
+    _reach_oneself()
+    try:
+        page.launch(
+            server_name=args.host,
+            server_port=args.port,
+            prevent_thread_lock=True,
+            **launch_options(),
+        )
+    except OSError:
+        _fail(
+            f"cannot serve on {args.host}:{args.port}: the port is taken, or the address is not "
+            "one of this computer. Choose another --port or --host."
+        )
+    page.block_thread()
+
+
+def _reach_oneself() -> None:
+    """Keeps a proxy setting away from the call that gradio makes to its own server."""
+    hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")
+    hosts = ",".join(filter(None, [hosts, "127.0.0.1", "localhost"]))
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = hosts
+
+
+def _fail(message: str) -> None:
+    print(f"app.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
