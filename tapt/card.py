@@ -24,8 +24,11 @@ print(compare(defender, open_image("photo.jpg")).verdict())
 ```"""
 
 
-def model_card(pack: Pack) -> str:
-    """Markdown with the Hub's metadata in front; numbers come from `pack.evaluation`."""
+def model_card(pack: Pack, name: str) -> str:
+    """Markdown with the Hub's metadata in front; numbers come from `pack.evaluation`.
+
+    name: what `load_pack` takes.
+    """
     source = pack.base_model["source"]
     results = [r for row in pack.evaluation for r in _eval_results(row)]
     data = ModelCardData(
@@ -51,7 +54,7 @@ def model_card(pack: Pack) -> str:
         + (f" and {config.text_depth} text blocks" if config.text_depth else "")
         + ", with the token statistics that the test-time step aligns to.",
         "",
-        USE.format(source=source, name=pack.name),
+        USE.format(source=source, name=name),
         "",
         *_table(pack.evaluation),
     ]

@@ -33,7 +33,7 @@ from tapt.options import (
     names,
     tuning_config,
 )
-from tapt.pack import Pack, default_pack, load_pack, write_file
+from tapt.pack import Pack, default_pack, load_pack, pack_folder, save_pack, write_file
 from tapt.prompts import random_prompts
 from tapt.tuning import TuneConfig
 
@@ -228,9 +228,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0)
     add_tuning_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
+    parser.add_argument(
+        "--record", action="store_true", help="also write the table into the pack and its card"
+    )
 
 
 def _checked(args: argparse.Namespace) -> None:
+    if args.record and not args.pack:
+        raise InputError("--record needs --pack: the pack that the table belongs to.")
     for option, allowed in (("defenses", ALL_DEFENSES), ("threats", THREATS)):
         given = getattr(args, option)
         for name in given:
@@ -276,8 +281,20 @@ def run(args: argparse.Namespace) -> int:
     result_rows = rows(records, conditions, answers, peak_memory_mb(backbone.device))
     summary = {"settings": _settings(args, defender.pack, config), "rows": result_rows}
     write_file(args.out / "results.json", (json.dumps(summary, indent=2) + "\n").encode())
+    if args.record:
+        _record(pack, result_rows, Path(args.data).stem)
     print(table(result_rows))
     return 0
+
+
+def _record(pack: Pack, result_rows: list[dict], dataset: str) -> None:
+    """Puts rows into the pack's own table; rows of the same defence and attack are replaced."""
+    keys = ("dataset", "defense", "threat", "attack", "epsilon_255", "steps")
+    evaluation = {tuple(row[k] for k in keys): row for row in pack.evaluation}
+    for row in result_rows:
+        row = {"dataset": dataset, **row}
+        evaluation[tuple(row[k] for k in keys)] = row
+    save_pack(replace(pack, evaluation=list(evaluation.values())), pack_folder(pack.name))
 
 
 def _settings(args: argparse.Namespace, pack: Pack, config: TuneConfig) -> dict:

@@ -82,8 +82,8 @@ def untrained_pack(backbone: Backbone, design: str = "VLI") -> Pack:
 
 def embedded_packs(backbone_name: str) -> list[str]:
     """Names of the packs that come with the project for a backbone."""
-    folders = sorted((EMBEDDED / backbone_name).glob(f"*/{CONFIG}"))
-    return [f"{backbone_name}/{path.parent.name}" for path in folders]
+    # a name such as local-dir:/path has nothing to do with the embedded folders
+    return _embedded_names(backbone_name) if (EMBEDDED / backbone_name).is_dir() else []
 
 
 def default_pack(backbone: Backbone) -> Pack:
@@ -93,6 +93,24 @@ def default_pack(backbone: Backbone) -> Pack:
         return untrained_pack(backbone)
     preferred = f"{backbone.name}/vli"
     return load_pack(preferred if preferred in names else names[0], backbone)
+
+
+def _embedded_names(backbone: str = "*") -> list[str]:
+    folders = sorted(path.parent for path in EMBEDDED.glob(f"{backbone}/*/{CONFIG}"))
+    return [folder.relative_to(EMBEDDED).as_posix() for folder in folders]
+
+
+def pack_folder(name: str) -> Path:
+    """The folder of an embedded name (`tiny/vli`), otherwise the name as a path."""
+    return EMBEDDED / name if name in _embedded_names() else Path(name).expanduser()
+
+
+def pack_name(folder: str | os.PathLike) -> str:
+    """What a pack in this folder is called: `tiny/vli` where it is embedded."""
+    folder = Path(folder).resolve()
+    if folder.is_relative_to(EMBEDDED):
+        return folder.relative_to(EMBEDDED).as_posix()
+    return folder.name
 
 
 def load_pack(source: str | os.PathLike, backbone: Backbone, *, statistics: bool = True) -> Pack:
@@ -105,10 +123,10 @@ def load_pack(source: str | os.PathLike, backbone: Backbone, *, statistics: bool
         PackError: missing, malformed, or made for another backbone; the message says which.
     """
     name = str(source)
-    known = {f"{p.parts[-3]}/{p.parts[-2]}" for p in EMBEDDED.glob(f"*/*/{CONFIG}")}
-    folder = EMBEDDED / name if name in known else Path(name).expanduser()
+    folder = pack_folder(name)
     if not folder.is_dir():
-        raise PackError(f"There is no pack {name!r}: use {', '.join(sorted(known))} or a folder.")
+        known = ", ".join(_embedded_names())
+        raise PackError(f"There is no pack {name!r}: use {known} or a folder.")
     config = _read_config(folder, name)
     _check_backbone(config["base_model"], backbone, name)
     try:
@@ -162,7 +180,7 @@ def save_pack(pack: Pack, folder: str | os.PathLike) -> None:
             for key in ("mean", "var")
         }
         write_file(folder / STATISTICS, save(_storable(statistics)))
-        write_file(folder / CARD, model_card(pack).encode())
+        write_file(folder / CARD, model_card(pack, pack_name(folder)).encode())
     write_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
