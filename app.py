@@ -36,12 +36,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--backbone",
-        default="tiny",
-        help="tiny (embedded), ViT-B-16, hf-hub:owner/repo, ... (default %(default)s)",
+        help="tiny (embedded), ViT-B-16, hf-hub:owner/repo, ... (default: the pack's, else tiny)",
     )
     parser.add_argument(
         "--pack",
-        help="embedded pack or folder (default: the backbone's own, else untrained prompts)",
+        help="embedded pack, folder or Hub id owner/repo (default: the backbone's own, else "
+        "untrained prompts)",
     )
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
     return parser.parse_args(argv)
@@ -51,10 +51,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Loads the model, then serves until interrupted."""
     args = parse_args(argv)
     # imported late, so that --help and a mistyped option answer at once
+    from tapt.options import DownloadBar
     from tapt.ui.service import load_service
 
+    options = {"token": None, "progress": DownloadBar()}
     try:
-        service = load_service(args.backbone, args.pack, args.device)
+        service = load_service(args.backbone, args.pack, args.device, **options)
     except TaptError as error:
         _fail(str(error))
     from tapt.ui.page import build_page, launch_options

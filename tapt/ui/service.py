@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
-from tapt.backbone import Backbone, load_backbone
+from tapt.backbone import Backbone
 from tapt.defense import Defender, make_defender
-from tapt.pack import Pack, default_pack, embedded_packs, load_pack
+from tapt.hub import Progress, Token
+from tapt.pack import Pack, embedded_packs, hub_packs, load_model, load_pack
 
 EMBEDDED_BACKBONE = "tiny"
 REMEMBERED_CLASS_LISTS = 8
@@ -24,6 +25,25 @@ class Service:
             lambda classes: make_defender(backbone, pack, classes)
         )
 
+    def with_pack(self, pack: str, progress: Progress | None = None) -> Service:
+        """The same backbone with another pack; a visitor's, so without the server's token.
+
+        pack: as for `tapt.pack.load_pack`.
+        progress: called with bytes done and in all, from the calling thread.
+
+        Raises:
+            PackError, HubError: as `load_pack`; this service stays as it is.
+        """
+        return Service(self.backbone, load_pack(pack, self.backbone, progress=progress))
+
+    def known_packs(self) -> list[str]:
+        """Packs for this backbone: the embedded ones, then the Hub's.
+
+        Raises:
+            HubError: the Hub cannot be asked.
+        """
+        return [*embedded_packs(self.backbone.name), *hub_packs(self.backbone)]
+
     def defender(self, classes: Sequence[str]) -> Defender:
         """The defender for a class list; its text features are computed once."""
         return self._defender(tuple(classes))
@@ -38,8 +58,8 @@ class Service:
     def pack_name(self) -> str:
         """The pack as visitors see it; of a folder, only the last part."""
         name = self.pack.name
-        embedded = not self.pack.trained or name in embedded_packs(self.backbone.name)
-        return name if embedded else Path(name).name
+        shown = self.pack.origin or not self.pack.trained
+        return name if shown or name in embedded_packs(self.backbone.name) else Path(name).name
 
     @property
     def embedded(self) -> bool:
@@ -52,14 +72,21 @@ class Service:
         return self.backbone.image_size
 
 
-def load_service(backbone: str, pack: str | None = None, device: str | None = None) -> Service:
+def load_service(
+    backbone: str | None = None,
+    pack: str | None = None,
+    device: str | None = None,
+    *,
+    token: Token = False,
+    progress: Progress | None = None,
+) -> Service:
     """Loads a backbone and a pack.
 
-    pack: an embedded name or a folder; default the backbone's embedded pack, `vli` first, and
-        untrained prompts where it has none.
+    backbone: default the one that the pack names, and `tiny` without a pack.
+    pack: an embedded name, a folder or a Hub id; default the backbone's embedded pack, `vli`
+        first, and untrained prompts where it has none.
 
     Raises:
-        BackboneError, PackError: unknown, malformed, or not made for each other.
+        BackboneError, PackError, HubError: unknown, malformed, or not made for each other.
     """
-    loaded = load_backbone(backbone, device=device)
-    return Service(loaded, load_pack(pack, loaded) if pack else default_pack(loaded))
+    return Service(*load_model(backbone, pack, device=device, token=token, progress=progress))
