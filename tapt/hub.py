@@ -29,6 +29,7 @@ from huggingface_hub import (
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
+    FileMetadataError,
     GatedRepoError,
     HfHubHTTPError,
     HFValidationError,
@@ -50,6 +51,7 @@ from tapt.files import file_sha256, git_sha1, write_file
 PATIENCE = 9.0  # seconds; an answer that is late by more counts as a fault
 PROGRESS = 90_000  # bytes within PATIENCE that make a slow download and not a stall: 10 kB/s
 _ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?", re.ASCII)
+_STALLED = "the Hub does not answer, or sends less than 10 kB/s"
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -169,7 +171,7 @@ class Unavailable(HubError):
     """No fault of the request: the network, the Hub or the disk. `fault` fits after "and"."""
 
     def __init__(self, fault: str) -> None:
-        super().__init__(f"The Hub cannot be used now: {fault}.")
+        super().__init__(f"{fault[0].upper()}{fault[1:]}.")
         self.fault = fault
 
 
@@ -181,7 +183,7 @@ class _Watch:
     """What one fetch does in its thread, seen from outside."""
 
     def __init__(self) -> None:
-        self.received = self.total = 0
+        self.received = self.total = self.status = 0
         self.cancelled = self._waiting = False
         self._window, self._spent, self._since = 0, 0.0, 0.0
 
@@ -238,7 +240,8 @@ def ask_hub(
     try:
         while not wait([future], 0.05).done:
             if watch.seconds() > PATIENCE:
-                raise Unavailable("the Hub does not answer, or sends less than 10 kB/s")
+                late = watch.status < 400  # otherwise the client has tried again and again
+                raise Unavailable(_STALLED if late else _status(watch.status))
             if progress and watch.total and told != watch.received:
                 told = watch.received
                 progress(min(told, watch.total), watch.total)
@@ -247,7 +250,9 @@ def ask_hub(
         return future.result()
     except HubError:
         raise
-    except (httpx2.HTTPError, OSError, ValueError, TypeError) as error:
+    except (httpx2.HTTPError, OSError, ValueError, TypeError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and error.__cause__:  # the client's, of an upload
+            error = error.__cause__
         if refusal := _refusal(error, where):
             raise HubError(refusal) from error
         raise Unavailable(_fault(error)) from error
@@ -283,6 +288,11 @@ def _refusal(error: Exception, where: HubId | None) -> str | None:
     return None
 
 
+def _status(code: int) -> str:
+    many = " (too many requests)" if code == 429 else ""
+    return f"the Hub answers with status {code}{many}"
+
+
 def _fault(error: BaseException) -> str:
     """What stands between here and the Hub."""
     if isinstance(error, LocalEntryNotFoundError) and error.__cause__ is not None:
@@ -290,16 +300,14 @@ def _fault(error: BaseException) -> str:
     if isinstance(error, OfflineModeIsEnabled):
         return "offline mode is on (HF_HUB_OFFLINE)"
     if isinstance(error, HfHubHTTPError):
-        status = error.response.status_code
-        wait_for = " (too many requests)" if status == 429 else ""
-        return f"the Hub answers with status {status}{wait_for}"
+        return _status(error.response.status_code)
     if isinstance(error, (httpx2.ConnectError, httpx2.TimeoutException)):
         return "the Hub cannot be reached"
     if isinstance(error, OSError) and error.errno in _FULL:
         return "there is no room on the disk for the download"
     if isinstance(error, OSError) and error.errno in _READ_ONLY:
         return "the cache folder cannot be written (set HF_HOME to one that can)"
-    if isinstance(error, (httpx2.HTTPError, OSError)):
+    if isinstance(error, (httpx2.HTTPError, OSError)) and not isinstance(error, FileMetadataError):
         return "the connection to the Hub broke off"
     return "the answer is not the Hub's (a login page of this network may have taken its place)"
 
@@ -426,7 +434,7 @@ class _NoBar(tqdm):
 
 
 class _Counted(httpx2.SyncByteStream):
-    """A response's body that tells the watch what arrives."""
+    """A body, of a request or a response, that tells the watch what goes through."""
 
     def __init__(self, stream: httpx2.SyncByteStream, watch: _Watch, ok: bool) -> None:
         self.stream, self.watch, self.ok = stream, watch, ok
@@ -453,10 +461,12 @@ def _limit(request: httpx2.Request) -> None:
         parts = ("connect", "read", "write", "pool")
         limits = {part: min(given.get(part) or PATIENCE, PATIENCE) for part in parts}
         request.extensions = {**request.extensions, "timeout": limits}
+        request.stream = _Counted(request.stream, watch, ok=False)
 
 
 def _count(response: httpx2.Response) -> None:
     if watch := _WATCH.get():
+        watch.status = response.status_code
         # plain HTTP for files in Xet storage too: its own client has no bound on its time
         response.headers.pop("X-Xet-Hash", None)
         response.stream = _Counted(response.stream, watch, response.status_code < 400)

@@ -175,6 +175,8 @@ def check_pack(folder: str | os.PathLike) -> Pack:
     Raises:
         PackError: missing or malformed.
     """
+    if not pack_folder(str(folder)).is_dir():
+        raise PackError(f"There is no folder {str(folder)!r} with a pack.")
     found = _find(folder, True, False, None)
     wanted = found.config["base_model"]["architecture"]
     return _read(found, SimpleNamespace(**wanted), True)
