@@ -21,8 +21,8 @@ from typing import NamedTuple, TypeVar
 import httpx2
 from huggingface_hub import (
     HfApi,
-    ModelInfo,
     constants,
+    get_session,
     hf_hub_download,
     logging,
     set_client_factory,
@@ -41,7 +41,7 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import validate_repo_id
+from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 from huggingface_hub.utils._http import default_client_factory
 from tqdm import tqdm
 
@@ -157,14 +157,21 @@ def snapshot(
     return _snapshot(where, fetched, cached=not downloaded)
 
 
-def list_models(tag: str) -> list[ModelInfo]:
+def list_models(tag: str) -> list[dict]:
     """Public models with a tag, the most downloaded first; `id` and `tags` are what to use.
 
     Raises:
         HubError: the Hub cannot be asked; the message says why.
     """
-    found = HfApi().list_models(filter=tag, sort="downloads", limit=200, token=False)
-    return ask_hub(lambda _: list(found))
+
+    def job(_: _Watch) -> list[dict]:
+        # HfApi.list_models would try again and again while nobody can be reached
+        params = {"filter": tag, "sort": "downloads", "limit": 200}
+        response = get_session().get(f"{constants.ENDPOINT}/api/models", params=params)
+        hf_raise_for_status(response)
+        return [{"id": model["id"], "tags": model.get("tags", [])} for model in response.json()]
+
+    return ask_hub(job)
 
 
 class Unavailable(HubError):
@@ -301,8 +308,10 @@ def _fault(error: BaseException) -> str:
         return "offline mode is on (HF_HUB_OFFLINE)"
     if isinstance(error, HfHubHTTPError):
         return _status(error.response.status_code)
-    if isinstance(error, (httpx2.ConnectError, httpx2.TimeoutException)):
+    if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout)):
         return "the Hub cannot be reached"
+    if isinstance(error, httpx2.TimeoutException):
+        return _STALLED
     if isinstance(error, OSError) and error.errno in _FULL:
         return "there is no room on the disk for the download"
     if isinstance(error, OSError) and error.errno in _READ_ONLY:

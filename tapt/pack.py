@@ -190,7 +190,7 @@ def hub_packs(backbone: Backbone) -> list[str]:
     """
     repo = hub_repo(backbone.source)
     fits = {weights_tag(backbone.sha256)} | ({f"base_model:{repo}"} if repo else set())
-    return [model.id for model in list_models(TAG) if fits & set(model.tags or [])]
+    return [model["id"] for model in list_models(TAG) if fits & set(model["tags"])]
 
 
 @dataclass(frozen=True)
