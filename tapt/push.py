@@ -108,7 +108,8 @@ def _commit(
 ) -> tuple[str, str, bool]:
     api = HfApi()
     info = api.model_info(where.repo)
-    operations = [CommitOperationAdd(name, data) for name, data in files.items()]
+    # a buffer goes by plain HTTP, where a stall can be seen; other data by the client for Xet
+    operations = [CommitOperationAdd(name, io.BytesIO(data)) for name, data in files.items()]
     for operation in operations:  # one by one: their progress is watched in this thread
         api.preupload_lfs_files(where.repo, [operation], create_pr=args.create_pr)
     done = api.create_commit(
