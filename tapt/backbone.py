@@ -240,8 +240,11 @@ def load_backbone(
 
 def is_public(name: str) -> bool:
     """Whether a backbone comes from the Hub, with open_clip or with the project; not a folder."""
-    kind = name.partition(":")[0]
-    return name == "tiny" or kind == "hf-hub" or kind in open_clip.list_models()
+    kind, _, rest = name.partition(":")
+    if kind == "hf-hub":
+        where = parse_id(rest)
+        return where is not None and not where.subfolder
+    return name == "tiny" or kind in open_clip.list_models()
 
 
 def hub_repo(name: str) -> str | None:

@@ -212,9 +212,9 @@ def _find(
         where = parse_id(name)
         # a mistyped tiny/vli must not fetch a stranger's repo
         if where is None or (EMBEDDED / name.partition("/")[0]).is_dir():
-            known = ", ".join(_embedded_names())
+            known = ", ".join([*_embedded_names(), "a folder"])
             raise PackError(
-                f"There is no pack {name!r}: use {known}, a folder, or a Hub id such as owner/repo."
+                f"There is no pack {name!r}: use {known}, or a Hub id such as owner/repo."
             )
         files = {k: v for k, v in MAX_HUB_BYTES.items() if statistics or k != STATISTICS}
         fetched = snapshot(where, files, token=token, progress=progress)

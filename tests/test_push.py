@@ -15,7 +15,7 @@ from loopback import LoopbackHub
 from PIL import Image
 from test_pack import make_pack
 
-import tapt.hub
+import tapt.watch
 from tapt.__main__ import main
 from tapt.backbone import Backbone, load_backbone
 from tapt.card import PICTURE
@@ -211,7 +211,7 @@ STEPS = ["POST /api/repos", "POST .*preupload", "POST .*/batch", "POST .*/commit
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_on_the_way(hub: LoopbackHub, folder, monkeypatch, capsys, fault: str, step: str):
-    monkeypatch.setattr(tapt.hub, "PATIENCE", 1.5)
+    monkeypatch.setattr(tapt.watch, "PATIENCE", 1.5)
     options, sentence = FAULTS[fault]
     hub.fail(step, **options)
     assert push(folder) == 2
