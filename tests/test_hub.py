@@ -366,8 +366,16 @@ def test_bad_contents(hub, clip, files, case: str):
 
 @pytest.mark.parametrize(
     "source",
-    ["local-dir:../../secret", "local-dir:/etc", "random:ViT-B-32", "../x", "nothing"]
-    + ["hf-hub:../..", "hf-hub:owner/repo/../../x", "hf-hub:"],
+    [
+        "local-dir:../../secret",
+        "local-dir:/etc",
+        "random:ViT-B-32",
+        "../x",
+        "nothing",
+        "hf-hub:../..",
+        "hf-hub:owner/repo/../../x",
+        "hf-hub:",
+    ],
 )
 def test_a_pack_from_the_hub_names_no_folder(hub, clip, files, source: str):
     config = json.loads(files[CONFIG])
