@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.utils import disable_progress_bars
 
 from tapt.backbone import is_public
 from tapt.card import PICTURE, model_card
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     files = pack_files(args.folder, where.repo)
     if get_token() is None:
         raise HubError("There is no Hub token: log in with `hf auth login`, or set HF_TOKEN.")
+    disable_progress_bars()  # they also count files that are there already, as "0 files"
     if not args.create_pr:
         ask_hub(lambda _: _ready(where, args.public, args.tag), where)
     url, commit, private = ask_hub(lambda _: _commit(where, files, args), where)
