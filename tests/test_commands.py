@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
 from tapt.__main__ import main
 from tapt.backbone import Backbone
+from tapt.errors import InputError
 from tapt.evaluate import wilson
 from tapt.pack import load_pack
-from tapt.statistics import empty_moments, token_moments
+from tapt.statistics import Checkpoint, empty_moments, token_moments
 from tapt.towers import encode_image
-from tapt.train import LOG
+from tapt.train import CHECKPOINT, LOG
 
 CLASSES = ["bird", "cat", "frog"]
 
@@ -110,10 +116,70 @@ def test_resume_goes_on_to_the_same_result(
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
-def test_resume_refuses_other_settings(train_arguments: list[str], trained: Path, capsys):
-    out = ["--out", str(trained / "adversarial"), "--resume", "--seed", "5"]
+@pytest.mark.parametrize("other", ["--seed 5", "--tokens 1"])
+def test_resume_refuses_other_settings(
+    other: str, train_arguments: list[str], trained: Path, capsys
+):
+    out = ["--out", str(trained / "adversarial"), "--resume", *other.split()]
     assert main([*train_arguments, *out]) == 2
     assert "other settings" in capsys.readouterr().err
+
+
+def kill_after(arguments: list[str], checkpoint: Path) -> None:
+    """Starts a command, and kills it as soon as it has written its first checkpoint."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tapt", *arguments, "--checkpoint-minutes", "0"],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+
+
+def test_train_killed_and_resumed(train_arguments: list[str], tmp_path: Path):
+    long = [*train_arguments, "--epochs", "30"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    kill_after([*long, "--out", str(killed)], killed / CHECKPOINT)
+    assert not (killed / "config.json").exists()
+    assert main([*long, "--out", str(killed), "--resume"]) == 0
+    assert main([*long, "--out", str(whole)]) == 0
+    resumed, uninterrupted = (load_file(p / "prompts.safetensors") for p in (killed, whole))
+    assert all(torch.equal(resumed[key], uninterrupted[key]) for key in uninterrupted)
+    rows = [json.loads(line) for line in (killed / LOG).read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, 31))
+
+
+def test_statistics_killed_and_resumed(pack: Path, trained: Path, toy_folder: Path, tmp_path: Path):
+    random = np.random.RandomState(1)
+    for name in CLASSES:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(500):  # several batches
+            pixels = random.randint(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.ppm")
+    arguments = (
+        f"statistics --backbone local-dir:{toy_folder} --device cpu --data {tmp_path / 'data'} "
+        f"--adversarial {trained / 'adversarial'} --clean {trained / 'clean'}"
+    ).split()
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    kill_after([*arguments, "--out", str(killed)], killed / "adversarial-0.ckpt")
+    assert not (killed / "config.json").exists()
+    assert main([*arguments, "--out", str(killed), "--resume"]) == 0
+    assert main([*arguments, "--out", str(whole)]) == 0
+    for name in ("statistics.safetensors", "prompts.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert not list(killed.glob("*.ckpt"))
+
+
+def test_statistics_refuse_a_checkpoint_of_other_images(toy: Backbone, pack: Path, tmp_path: Path):
+    prompts = load_pack(pack, toy).prompts
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    checkpoint = Checkpoint(tmp_path / "part.ckpt", resume=True)
+    token_moments(toy, prompts, images, checkpoint=checkpoint)
+    with pytest.raises(InputError, match="other prompts or images"):
+        token_moments(toy, prompts, images + 1, checkpoint=checkpoint)
 
 
 def test_statistics_in_two_parts_equal_two_passes(toy: Backbone, pack: Path):
