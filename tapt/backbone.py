@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -118,6 +119,10 @@ class Backbone:
             torch.tensor(cfg[key], device=self.device, dtype=exact)[:, None, None]
             for key in ("mean", "std")
         )
+
+    def in_bfloat16(self) -> Backbone:
+        """A copy with bfloat16 weights, for passes without gradients."""
+        return replace(self, model=deepcopy(self.model).to(torch.bfloat16))
 
     def normalize(self, images: Tensor) -> Tensor:
         """[0, 1] pixels -> what the first convolution expects, (N, 3, H, W)."""
