@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -117,15 +118,20 @@ class Backbone:
     @cached_property
     def _normalization(self) -> tuple[Tensor, Tensor]:
         cfg = self.visual.preprocess_cfg
+        exact = torch.promote_types(self.dtype, torch.float32)  # bfloat16 would blur the pixels
         return tuple(
-            torch.tensor(cfg[key], device=self.device, dtype=self.dtype)[:, None, None]
+            torch.tensor(cfg[key], device=self.device, dtype=exact)[:, None, None]
             for key in ("mean", "std")
         )
+
+    def in_bfloat16(self) -> Backbone:
+        """A copy with bfloat16 weights, for passes without gradients."""
+        return replace(self, model=deepcopy(self.model).to(torch.bfloat16))
 
     def normalize(self, images: Tensor) -> Tensor:
         """[0, 1] pixels -> what the first convolution expects, (N, 3, H, W)."""
         mean, std = self._normalization
-        return (images.to(self.dtype) - mean) / std
+        return ((images.to(mean.dtype) - mean) / std).to(self.dtype)
 
     @cached_property
     def _resize_and_crop(self) -> Compose:

@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tapt.attacks import AttackConfig, attack_images, linf_255
+from tapt.adaptive import DEPLOYED_THREATS, attack_deployed, check_threat
+from tapt.attacks import AttackConfig, attack_images, l2_norm, linf_255
 from tapt.defense import DEFENSES, THREATS, Defended, Defender
 from tapt.errors import Cancelled, InputError
 from tapt.tuning import Losses, Trace, TuneConfig
@@ -53,6 +54,13 @@ class Comparison:
             return None
         return int(linf_255(self.attacked[None], self.clean[None])[0])
 
+    @property
+    def l2(self) -> float | None:
+        """Measured L2 size of the attack in [0, 1] pixels; None without an attack."""
+        if self.attacked is None:
+            return None
+        return float(l2_norm(self.attacked[None], self.clean[None])[0])
+
     def answer(self, defense: str, image: str) -> tuple[str, float] | None:
         """Top class name and its probability, or None when there is no answer (yet)."""
         probabilities = self.results.get(defense, {}).get(image)
@@ -77,6 +85,7 @@ class Comparison:
             "label_given": self.label_given,
             "results": results,
             "linf_255": self.linf_255,
+            "l2": self.l2,
             "trace": {k: None if v is None else trace_dict(v) for k, v in self.traces.items()},
             "seconds": {k: round(v, 4) for k, v in self.seconds.items()},
         }
@@ -108,11 +117,8 @@ def _with_attack(result: Comparison, clean: str, truth: str | None) -> str:
     if attacked is None:
         return f"CLIP answers {clean}; the attack is running."
     right = truth or clean
-    aimed = (
-        "The attack on the static prompts"
-        if result.settings["threat"] == "static"
-        else ("The attack")
-    )
+    seen = {"clip": "", "static": " on the static prompts"}
+    aimed = "The attack" + seen.get(result.settings["threat"], " on TAPT itself")
     if clean != right:
         start = f"CLIP was wrong before the attack: it answers {clean} where {right} is true"
         start += "." if attacked[0] == clean else f", and {attacked[0]} after it."
@@ -152,6 +158,7 @@ def compare_steps(
     label: str | None = None,
     config: TuneConfig | None = None,
     seed: int = 0,
+    draws: int = 4,
 ) -> Iterator[tuple[Progress, Comparison]]:
     """Runs the main job and yields (progress, results so far); the last pair is complete.
 
@@ -159,7 +166,9 @@ def compare_steps(
     steps of the attack or two passes of the tuning.
 
     image: any RGB picture; it is resized and cropped to the model's input.
-    threat: the model that the attack sees, `clip` or `static`.
+    threat: the model that the attack sees: `clip`, `static`, or the deployed TAPT, by queries
+        (`square`) or by gradients (`adaptive`).
+    draws: view sets per gradient under the threat `adaptive`.
     label: the true class; default vanilla CLIP's clean answer.
     seed: of the views and the attack's random start (`attack.seed` wins for the latter).
 
@@ -168,11 +177,16 @@ def compare_steps(
     """
     if label is not None and label not in defender.classes:
         raise InputError(f"The true class {label!r} is not one of the class names.")
-    if threat not in THREATS:
-        raise InputError(f"threat must be one of {', '.join(THREATS)}, got {threat!r}.")
+    threats = (*THREATS, *DEPLOYED_THREATS)
+    if threat not in threats:
+        raise InputError(f"threat must be one of {', '.join(threats)}, got {threat!r}.")
+    if attack is not None:
+        check_threat(threat, attack)
     pixels = defender.backbone.preprocess(image)
     config = config or defender.pack.test_time
     settings = _settings(defender, attack, threat, config, seed)
+    if attack is not None and threat == "adaptive":
+        settings["draws"] = draws
     result = Comparison(defender.classes, settings, pixels)
     start = time.perf_counter()
 
@@ -190,8 +204,8 @@ def compare_steps(
         attacked = yield from _watched(
             "attack",
             result,
-            lambda report: attack_images(
-                defender.classifier(threat), pixels[None], labels, attack, on_progress=report
+            lambda report: attack_under(
+                threat, defender, pixels[None], labels, attack, config, draws, report
             ),
         )
         result.attacked = attacked[0]
@@ -219,6 +233,32 @@ def compare_steps(
     result.seconds["total"] = time.perf_counter() - start
     result.finished = True
     yield Progress("finished", 1, 1), result
+
+
+def attack_under(
+    threat: str,
+    defender: Defender,
+    pixels: Tensor,
+    labels: Tensor,
+    attack: AttackConfig,
+    config: TuneConfig,
+    draws: int,
+    on_progress: Callable[[int, int], None],
+) -> Tensor:
+    """`attack_images` on a fixed model, or `attack_deployed` on TAPT."""
+    if threat in THREATS:
+        classifier = defender.classifier(threat)
+        return attack_images(classifier, pixels, labels, attack, on_progress=on_progress)
+    return attack_deployed(
+        defender,
+        "tapt",
+        pixels,
+        labels,
+        attack,
+        config=config,
+        draws=1 if threat == "square" else draws,
+        on_progress=on_progress,
+    )
 
 
 def compare(defender: Defender, image: Image.Image, **options: object) -> Comparison:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from accelerate import PartialState
 
 def start_processes(device: str | None) -> PartialState:
     """Joins the processes of `accelerate launch`; one process alone is the usual case."""
-    return PartialState(cpu=device == "cpu")
+    # the shares of an evaluation end hours apart
+    return PartialState(cpu=device == "cpu", timeout=timedelta(days=30))
 
 
 def save_checkpoint(state: dict, path: Path) -> None:

@@ -25,9 +25,10 @@ from tapt.attacks import AttackConfig, Classifier, attack_images
 from tapt.backbone import Backbone, load_backbone
 from tapt.data import LabelledImages, in_memory, load_data
 from tapt.errors import InputError
+from tapt.files import write_file
 from tapt.images import to_float
 from tapt.options import DownloadBar, add_backbone_options, add_checkpoint_options, fraction
-from tapt.pack import Pack, base_model, save_pack, write_file
+from tapt.pack import Pack, base_model, save_pack
 from tapt.processes import save_checkpoint, start_processes
 from tapt.prompts import (
     ClassTexts,
@@ -366,7 +367,7 @@ def run(args: argparse.Namespace) -> int:
     )
     prompt_config = PromptConfig(args.design, args.tokens, args.depth, args.text_depth)
     prompt_config.shapes(backbone)  # a wrong depth ends here, before the data is read
-    data = load_training_data(load_data(args.data), backbone, config)
+    data = load_training_data(load_data(args.data, "train"), backbone, config)
     trainer = Trainer(backbone, prompt_config, data, config)
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = args.out / CHECKPOINT

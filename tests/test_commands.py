@@ -19,7 +19,6 @@ from safetensors.torch import load_file
 from tapt.__main__ import main
 from tapt.backbone import Backbone
 from tapt.errors import InputError
-from tapt.evaluate import wilson
 from tapt.pack import load_pack
 from tapt.statistics import Checkpoint, empty_moments, token_moments
 from tapt.towers import encode_image
@@ -253,6 +252,16 @@ def test_predict_table_labels_untrained_prompts(picture: str, toy_folder: Path, 
     assert "measured L-inf" in out
 
 
+def test_predict_with_an_attack_without_epsilon(picture: str, toy_folder: Path, capsys):
+    options = ["--attack", "cw", "--steps", "5", "--views", "4"]
+    assert predict(picture, *options, toy_folder=toy_folder) == 0
+    assert "CW-5 on vanilla CLIP, no epsilon, measured L-inf" in capsys.readouterr().out
+    assert predict(picture, *options, "--json", toy_folder=toy_folder) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["settings"]["epsilon_255"] is None
+    assert result["l2"] >= 0
+
+
 def test_saved_attack_keeps_its_effect(picture: str, toy_folder: Path, tmp_path: Path, capsys):
     saved = tmp_path / "attacked.png"
     options = ["--attack", "pgd", "--steps", "3", "--views", "4", "--json"]
@@ -280,61 +289,3 @@ def test_predict_says_what_is_wrong(options, sentence, picture, toy_folder, caps
     error = capsys.readouterr().err
     assert sentence in error
     assert "Traceback" not in error
-
-
-def evaluate(data: Path, pack: Path, toy_folder: Path, out: Path, *options: str) -> int:
-    arguments = (
-        f"evaluate --data {data} --backbone local-dir:{toy_folder} --device cpu --pack {pack} "
-        f"--threats clip,static --attack pgd --epsilon 2/255,200/255 --steps 4 --out {out}"
-    )
-    return main([*arguments.split(), *options])
-
-
-def test_evaluate(data: Path, pack: Path, toy_folder: Path, tmp_path: Path, capsys):
-    defenses = "clip,static,ensemble,tapt,random-start"
-    options = ["--defenses", defenses, "--limit", "9", "--batch-size", "4"]
-    assert evaluate(data, pack, toy_folder, tmp_path / "out", *options) == 0
-    assert "95 % interval" in capsys.readouterr().out
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    rows = {(r["defense"], r["threat"], r["epsilon_255"]): r for r in results["rows"]}
-    assert len(rows) == 5 * 2 * 2
-    assert all(row["n"] == 9 for row in rows.values())
-    for row in rows.values():
-        assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
-        assert row["seconds_per_image"] > 0
-    for name in ("clip", "static"):  # an attack that may change almost anything leaves nothing
-        assert rows[name, name, 200]["accuracy"] <= 0.12
-    outcomes = [
-        json.loads(x) for x in (tmp_path / "out" / "outcomes.jsonl").read_text().split("\n") if x
-    ]
-    assert len(outcomes) == 9 * 5
-    assert max(o["linf_255"] for o in outcomes if o["condition"].endswith(" 2/255")) == 2
-    recount = sum(
-        o["answers"]["tapt"] == o["label"] for o in outcomes if o["condition"] == "static pgd 2/255"
-    )
-    assert rows["tapt", "static", 2]["accuracy"] == pytest.approx(recount / 9)
-
-
-def test_evaluate_does_not_depend_on_other_defenses(data, pack, toy_folder, tmp_path):
-    options = ["--limit", "6", "--batch-size", "3"]
-    evaluate(data, pack, toy_folder, tmp_path / "a", *options, "--defenses", "tapt")
-    evaluate(data, pack, toy_folder, tmp_path / "b", *options, "--defenses", "clip,tapt")
-    told = [
-        [json.loads(x)["answers"]["tapt"] for x in (tmp_path / name / "outcomes.jsonl").open()]
-        for name in "ab"
-    ]
-    assert told[0] == told[1]
-
-
-def test_evaluate_refuses_unknown_names(data, pack, toy_folder, tmp_path, capsys):
-    assert evaluate(data, pack, toy_folder, tmp_path, "--defenses", "clip,magic") == 2
-    assert "'magic' is unknown" in capsys.readouterr().err
-
-
-def test_wilson_interval():
-    assert wilson(0, 0) == (0.0, 1.0)
-    low, high = wilson(50, 100)  # by hand from the formula
-    assert low == pytest.approx(0.40383, abs=1e-5)
-    assert high == pytest.approx(0.59617, abs=1e-5)
-    assert wilson(0, 10)[0] == 0.0
-    assert wilson(10, 10)[1] == pytest.approx(1.0)
