@@ -14,7 +14,7 @@ case $name in
 esac
 train="--shots 0 --epochs 1 --batch-size 128 --optimizer adamw --lr 0.01 --min-crop 0.3
   --validation 0.02 --precision bfloat16 --epsilon 2/255 --clean-share 0.25 --resume"
-test_time="--lr 0.01"
+test_time="--lr 0.02"
 
 python -m tapt train --backbone tiny --data "$data" $design $train --out "$work/adversarial"
 python -m tapt train --backbone tiny --data "$data" $design $train --clean-share 1.0 \
