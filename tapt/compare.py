@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import TypeVar
 
 import torch
@@ -79,6 +81,7 @@ class Comparison:
             "linf_255": self.linf_255,
             "trace": {k: None if v is None else trace_dict(v) for k, v in self.traces.items()},
             "seconds": {k: round(v, 4) for k, v in self.seconds.items()},
+            "versions": versions(),
         }
 
     def verdict(self) -> str:
@@ -150,6 +153,7 @@ def compare_steps(
     attack: AttackConfig | None = None,
     threat: str = "clip",
     label: str | None = None,
+    target: str | None = None,
     config: TuneConfig | None = None,
     seed: int = 0,
 ) -> Iterator[tuple[Progress, Comparison]]:
@@ -161,18 +165,21 @@ def compare_steps(
     image: any RGB picture; it is resized and cropped to the model's input.
     threat: the model that the attack sees, `clip` or `static`.
     label: the true class; default vanilla CLIP's clean answer.
+    target: the class that the attack moves towards; default away from the true class.
     seed: of the views and the attack's random start (`attack.seed` wins for the latter).
 
     Raises:
-        InputError: `label` is not one of the classes, or `threat` is unknown.
+        InputError: `label` or `target` is not one of the classes, or they are the same one, or
+            `threat` is unknown.
     """
-    if label is not None and label not in defender.classes:
-        raise InputError(f"The true class {label!r} is not one of the class names.")
+    for what, name in (("true class", label), ("target", target)):
+        if name is not None and name not in defender.classes:
+            raise InputError(f"The {what} {name!r} is not one of the class names.")
     if threat not in THREATS:
         raise InputError(f"threat must be one of {', '.join(THREATS)}, got {threat!r}.")
     pixels = defender.backbone.preprocess(image)
     config = config or defender.pack.test_time
-    settings = _settings(defender, attack, threat, config, seed)
+    settings = _settings(defender, attack, threat, target, config, seed)
     result = Comparison(defender.classes, settings, pixels)
     start = time.perf_counter()
 
@@ -185,13 +192,23 @@ def compare_steps(
     yield Progress("vanilla CLIP", 1, 1), result
 
     if attack is not None:
+        if target == defender.classes[result.label]:
+            raise InputError(f"The target {target!r} is the true class already.")
         began = time.perf_counter()
         labels = torch.tensor([result.label], device="cpu")
+        targets = None
+        if target is not None:
+            targets = torch.tensor([defender.classes.index(target)], device="cpu")
         attacked = yield from _watched(
             "attack",
             result,
             lambda report: attack_images(
-                defender.classifier(threat), pixels[None], labels, attack, on_progress=report
+                defender.classifier(threat),
+                pixels[None],
+                labels,
+                attack,
+                targets=targets,
+                on_progress=report,
             ),
         )
         result.attacked = attacked[0]
@@ -263,8 +280,19 @@ def _watched(
         thread.join()
 
 
+def versions() -> dict[str, str]:
+    """What the numbers depend on, beside the settings."""
+    packages = ("torch", "open_clip_torch", "torchattacks")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
 def _settings(
-    defender: Defender, attack: AttackConfig | None, threat: str, config: TuneConfig, seed: int
+    defender: Defender,
+    attack: AttackConfig | None,
+    threat: str,
+    target: str | None,
+    config: TuneConfig,
+    seed: int,
 ) -> dict:
     pack = defender.pack
     return {
@@ -276,6 +304,7 @@ def _settings(
         "attack": None if attack is None else attack.to_dict(),
         "epsilon_255": None if attack is None else attack.epsilon_255,
         "threat": None if attack is None else threat,
+        "target": None if attack is None else target,
         "seed": seed,
     }
 
