@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tapt.attacks import AttackConfig, attack_images, linf_255
+from tapt.attacks import AttackConfig, attack_images, l2_norm, linf_255
 from tapt.defense import DEFENSES, THREATS, Defended, Defender
 from tapt.errors import Cancelled, InputError
 from tapt.tuning import Losses, Trace, TuneConfig
@@ -55,6 +55,13 @@ class Comparison:
             return None
         return int(linf_255(self.attacked[None], self.clean[None])[0])
 
+    @property
+    def l2(self) -> float | None:
+        """Measured L2 size of the attack in [0, 1] pixels; None without an attack."""
+        if self.attacked is None:
+            return None
+        return float(l2_norm(self.attacked[None], self.clean[None])[0])
+
     def answer(self, defense: str, image: str) -> tuple[str, float] | None:
         """Top class name and its probability, or None when there is no answer (yet)."""
         probabilities = self.results.get(defense, {}).get(image)
@@ -79,6 +86,7 @@ class Comparison:
             "label_given": self.label_given,
             "results": results,
             "linf_255": self.linf_255,
+            "l2": self.l2,
             "trace": {k: None if v is None else trace_dict(v) for k, v in self.traces.items()},
             "seconds": {k: round(v, 4) for k, v in self.seconds.items()},
             "versions": versions(),

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pack", help="tiny/vli or a folder; default: the backbone's own")
     parser.add_argument("--attack", default="none", choices=("none", *ATTACKS))
     parser.add_argument("--epsilon", type=fraction, default=4 / 255, help="such as 4/255")
-    parser.add_argument("--steps", type=int, default=10, help="attack steps")
+    parser.add_argument("--steps", type=int, help="attack steps; default: the attack's own")
     parser.add_argument("--step-size", type=fraction, help="default 2.5 * epsilon / steps")
     parser.add_argument("--threat", default="clip", choices=THREATS, help="model the attack sees")
     parser.add_argument("--label", help="true class; default: vanilla CLIP's clean answer")
@@ -76,10 +76,11 @@ def table(result: Comparison) -> str:
             cells.append(f"{answer[0][:17]:<17} {100 * answer[1]:5.1f} %  ")
         lines.append("  ".join([f"{names[name]:<{width}}", *cells]).rstrip())
     if result.attacked is not None:
-        settings = result.settings
+        attack, epsilon = result.settings["attack"], result.settings["epsilon_255"]
         lines.append(
-            f"{settings['attack']['name'].upper()}-{settings['attack']['steps']} on "
-            f"{names[settings['threat']]}, epsilon {settings['epsilon_255']}/255, "
-            f"measured L-inf {result.linf_255}/255"
+            f"{ATTACKS[attack['name']].title}-{attack['steps']} on "
+            f"{names[result.settings['threat']]}, "
+            + ("no epsilon, " if epsilon is None else f"epsilon {epsilon}/255, ")
+            + f"measured L-inf {result.linf_255}/255, L2 {result.l2:.2f}"
         )
     return "\n".join([*lines, result.verdict()])

@@ -8,10 +8,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchattacks
 from conftest import TOY_CLASSES
-from torch import Tensor
+from torch import Tensor, nn
+from torchattacks.attack import Attack as TorchAttack
 
-from tapt.attacks import AttackConfig, Classifier, attack_images, linf_255
+from tapt.attacks import (
+    ATTACKS,
+    AttackConfig,
+    Classifier,
+    _Rounded,
+    _Watched,
+    attack_images,
+    l2_norm,
+    linf_255,
+)
 from tapt.backbone import Backbone, load_backbone
 from tapt.errors import Cancelled, InputError
 from tapt.images import to_float
@@ -260,3 +271,213 @@ def test_the_config_names_its_step_size():
     config = AttackConfig(epsilon=4.5 / 255, steps=10)
     assert config.to_dict()["step_size"] == pytest.approx(2.5 * 4 / 255 / 10)
     assert AttackConfig(step_size=0.01).to_dict()["step_size"] == 0.01
+
+
+SHORT = {"cw": 25, "square": 60, "autoattack": 3}
+EVERY = [AttackConfig(name, 8 / 255, SHORT.get(name, 10)) for name in ATTACKS]
+
+
+def margins(classifier: nn.Module, pixels: Tensor, labels: Tensor) -> Tensor:
+    """Logit of the true class above the best other one; negative where fooled."""
+    with torch.no_grad():
+        values = classifier(to_float(pixels))
+    true = values.gather(1, labels[:, None])[:, 0]
+    others = values.scatter(1, labels[:, None], -torch.inf).amax(1)
+    return true - others
+
+
+@pytest.fixture(params=EVERY, ids=lambda config: config.name)
+def config(request: pytest.FixtureRequest) -> AttackConfig:
+    return request.param
+
+
+def test_every_attack_hurts_inside_its_ball(config, classifier, pixels, labels):
+    state, given = torch.get_rng_state(), pixels.clone()
+    attacked = attack_images(classifier, pixels, labels, config)
+    assert attacked.dtype == torch.uint8
+    assert torch.equal(pixels, given)
+    assert torch.equal(torch.get_rng_state(), state)
+    before, after = (margins(classifier, x, labels) for x in (pixels, attacked))
+    if config.name in ("cw", "autoattack"):  # they leave an image that they cannot fool
+        assert (after <= before).all()
+        assert (after < 0).any()
+    else:
+        assert (after < before).all()
+    if config.attack.norm == "Linf":
+        assert linf_255(attacked, pixels).max() <= 8
+    assert torch.equal(attack_images(classifier, pixels, labels, config), attacked)
+
+
+def test_every_attack_aims_at_a_class_or_says_that_it_cannot(config, classifier, pixels, labels):
+    targets = (labels + 1) % len(TOY_CLASSES)
+    if not config.attack.targeted:
+        with pytest.raises(InputError, match=f"{config.attack.title} cannot aim at a class"):
+            attack_images(classifier, pixels, labels, config, targets=targets)
+        return
+    attacked = attack_images(classifier, pixels, labels, config, targets=targets)
+    before, after = (margins(classifier, x, targets) for x in (pixels, attacked))
+    assert (after >= before).all()
+    assert after.mean() > before.mean()
+
+
+def test_every_attack_counts_up_and_stops_at_once(config, classifier, pixels, labels):
+    calls: list[tuple[int, int]] = []
+
+    def report(done: int, total: int) -> None:
+        calls.append((done, total))
+        if stop is not None and done == stop:
+            raise Cancelled("Stopped.")
+
+    stop = None
+    attack_images(classifier, pixels, labels, config, on_progress=report)
+    done, totals = zip(*calls, strict=True)
+    assert len(set(totals)) == 1
+    assert list(done) == sorted(done)
+    assert done[0] == 0
+    assert done[-1] == totals[0]
+    calls.clear()
+    stop, state = 3, torch.get_rng_state()
+    with pytest.raises(Cancelled):
+        attack_images(classifier, pixels, labels, config, on_progress=report)
+    assert len(calls) == 4
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_every_attack_runs_inside_no_grad_under_another_default_device(
+    config, classifier, pixels, labels
+):
+    expected = attack_images(classifier, pixels, labels, config)
+    with torch.device("meta"), torch.no_grad():
+        inside = attack_images(classifier, pixels, labels, config)
+    assert float((inside == expected).float().mean()) > 0.999
+
+
+@pytest.mark.parametrize("count", [2, 3, 4, 10])
+def test_autoattack_works_with_few_classes_and_beats_pgd(toy: Backbone, pixels: Tensor, count: int):
+    names = [f"class {i}" for i in range(count)]
+    classifier = Classifier(toy, class_texts(toy, names).fixed)
+    labels = classifier(to_float(pixels)).argmax(-1)
+    fooled = {}
+    for name in ("pgd", "autoattack"):
+        config = AttackConfig(name, 3 / 255, 5)
+        attacked = attack_images(classifier, pixels, labels, config)
+        fooled[name] = margins(classifier, attacked, labels) < 0
+        assert linf_255(attacked, pixels).max() <= 3
+    assert fooled["autoattack"].sum() >= fooled["pgd"].sum()
+
+
+def test_autoattack_has_full_budgets(classifier):
+    """torchattacks' own AutoAttack stops after 10 steps, whatever it is told."""
+    watched = _Watched(classifier, lambda done: None)
+    watched.classes = 10
+    whole = ATTACKS["autoattack"].build(watched, AttackConfig("autoattack"))
+    apgd, targeted, fab, square = (rounded.inner for rounded in whole.attacks)
+    assert (apgd.steps, targeted.steps, fab.steps, square.n_queries) == (100, 100, 100, 5000)
+    assert targeted.n_target_classes == fab.n_target_classes == 9
+    assert fab.multi_targeted
+    watched.classes = 1000
+    whole = ATTACKS["autoattack"].build(watched, AttackConfig("autoattack"))
+    assert whole.attacks[1].inner.n_target_classes == 9
+
+
+def test_autoattack_goes_on_where_rounding_saves_an_image(toy: Backbone):
+    """The first attack moves by less than half a grey level: nothing is left after rounding."""
+
+    class Bright(nn.Module):
+        """Answers 1 where the picture is brighter than it was."""
+
+        backbone, classes = toy, 2
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1000.0))
+
+        def forward(self, images: Tensor) -> Tensor:
+            excess = self.scale * (images.mean((1, 2, 3)) - 0.5 - 0.1 / 255)
+            return torch.stack([-excess, excess], 1)
+
+    pixels = torch.full((1, 3, 32, 32), 127, dtype=torch.uint8)
+    pixels[:, :, ::2] = 128  # mean 127.5
+    model, labels = Bright(), torch.tensor([0])
+    watched = _Watched(model, lambda done: None)
+
+    class Faint(TorchAttack):
+        def forward(self, images: Tensor, labels: Tensor) -> Tensor:
+            return images + 0.3 / 255
+
+    rest = ATTACKS["pgd"].build(watched, AttackConfig(epsilon=1 / 255, steps=2))
+    both = torchattacks.MultiAttack([_Rounded(Faint("faint", watched)), _Rounded(rest)])
+    assert model(to_float(pixels) + 0.3 / 255).argmax(1) == 1
+    assert model(both(to_float(pixels), labels)).argmax(1) == 1
+
+
+def test_cw_reports_its_own_size(classifier, pixels, labels):
+    config = AttackConfig("cw", steps=40)
+    assert config.epsilon_255 is None
+    assert config.to_dict()["epsilon"] is None
+    attacked = attack_images(classifier, pixels, labels, config)
+    fooled = margins(classifier, attacked, labels) < 0
+    assert fooled.all()
+    assert (l2_norm(attacked, pixels) > 0).all()
+    whole_ball = attack_images(classifier, pixels, labels, AttackConfig(epsilon=8 / 255))
+    assert (l2_norm(attacked, pixels) < l2_norm(whole_ball, pixels)).all()
+
+
+def test_cw_moves_black_and_white(classifier, pixels, labels):
+    """Exact 0 and 1 are at infinity in the tanh space of the original attack."""
+    white = torch.full_like(pixels, 255)
+    labels = classifier(to_float(white)).argmax(-1)
+    attacked = attack_images(classifier, white, labels, AttackConfig("cw", steps=100))
+    assert (margins(classifier, attacked, labels) < 0).all()
+
+
+def test_l2_by_hand():
+    one, other = (torch.zeros(1, 3, 2, 2, dtype=torch.uint8) for _ in range(2))
+    one[0, 0, 0, 0], other[0, 1, 0, 0] = 255, 51
+    assert l2_norm(one, other).tolist() == pytest.approx([(1 + 0.04) ** 0.5])
+
+
+def test_square_asks_for_answers_only(classifier, pixels, labels):
+    class NoGradients(nn.Module):
+        backbone, classes = classifier.backbone, classifier.classes
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = classifier
+
+        @torch.no_grad()
+        def forward(self, images: Tensor) -> Tensor:
+            return self.inner(images)
+
+    config = AttackConfig("square", 8 / 255, 30)
+    expected = attack_images(classifier, pixels, labels, config)
+    assert torch.equal(attack_images(NoGradients(), pixels, labels, config), expected)
+
+
+def test_a_vanished_gradient_leaves_the_image(toy: Backbone, pixels: Tensor):
+    """DI and TI would divide 0 by 0."""
+
+    class Constant(nn.Module):
+        backbone, classes = toy, 3
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.answer = nn.Parameter(torch.tensor([200.0, 0.0, 0.0]))
+
+        def forward(self, images: Tensor) -> Tensor:
+            return self.answer + 0 * images.sum((1, 2, 3))[:, None]
+
+    labels = torch.zeros(4, dtype=torch.long)
+    for name in ("di", "ti"):
+        config = AttackConfig(name, random_start=False)
+        assert torch.equal(attack_images(Constant(), pixels, labels, config), pixels)
+
+
+def test_every_row_explains_itself():
+    for name, attack in ATTACKS.items():
+        config = AttackConfig(name)
+        assert config.steps == attack.steps
+        assert config.budget.startswith(str(attack.steps))
+        assert "\n" not in attack.about
+        assert attack.about.endswith(".")
+    assert {name for name, row in ATTACKS.items() if row.norm == "L2"} == {"cw"}

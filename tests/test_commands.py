@@ -187,6 +187,16 @@ def test_predict_table_labels_untrained_prompts(picture: str, toy_folder: Path, 
     assert "measured L-inf" in out
 
 
+def test_predict_with_an_attack_without_epsilon(picture: str, toy_folder: Path, capsys):
+    options = ["--attack", "cw", "--steps", "5", "--views", "4"]
+    assert predict(picture, *options, toy_folder=toy_folder) == 0
+    assert "CW-5 on vanilla CLIP, no epsilon, measured L-inf" in capsys.readouterr().out
+    assert predict(picture, *options, "--json", toy_folder=toy_folder) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert result["settings"]["epsilon_255"] is None
+    assert result["l2"] >= 0
+
+
 def test_saved_attack_keeps_its_effect(picture: str, toy_folder: Path, tmp_path: Path, capsys):
     saved = tmp_path / "attacked.png"
     options = ["--attack", "pgd", "--steps", "3", "--views", "4", "--json"]
