@@ -2,6 +2,7 @@
 
 python app.py
 python app.py --backbone ViT-B-16 --device cuda
+python app.py --mcp
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from tapt.errors import TaptError
 
@@ -36,20 +38,27 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--backbone",
-        default="tiny",
-        help="tiny (embedded), ViT-B-16, hf-hub:owner/repo, ... (default %(default)s)",
+        default=os.environ.get("TAPT_BACKBONE", "tiny"),
+        help="tiny (embedded), ViT-B-16, hf-hub:owner/repo, ..., or several by commas for the page "
+        "to choose from (default %(default)s)",
     )
     parser.add_argument(
         "--pack",
+        default=os.environ.get("TAPT_PACK"),
         help="embedded pack or folder (default: the backbone's own, else untrained prompts)",
     )
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    parser.add_argument(
+        "--mcp", action="store_true", help="also serve as tools of the Model Context Protocol"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Loads the model, then serves until interrupted."""
     args = parse_args(argv)
+    if args.mcp and find_spec("mcp") is None:
+        _fail('--mcp needs one more package: pip install "gradio[mcp]"')
     # imported late, so that --help and a mistyped option answer at once
     from tapt.ui.service import load_service
 
@@ -66,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             server_name=args.host,
             server_port=args.port,
             prevent_thread_lock=True,
+            mcp_server=args.mcp,
             **launch_options(),
         )
     except OSError:

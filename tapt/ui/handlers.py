@@ -2,26 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import html
+import inspect
+from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import gradio as gr
 from PIL import Image
+from torch import Tensor
 
-from tapt.attacks import AttackConfig
+from tapt.attacks import ATTACKS
 from tapt.compare import Comparison, Progress, compare_steps
-from tapt.defense import parse_classes
-from tapt.errors import InputError, TaptError
-from tapt.images import to_picture
-from tapt.ui import inputs, render
+from tapt.defense import MAX_CLASSES, class_names
+from tapt.errors import TaptError
+from tapt.images import open_image, to_picture
+from tapt.ui import details, inputs, known, links, on_gpu, render
 from tapt.ui.background import with_heartbeat
-from tapt.ui.known import unknown_names
-from tapt.ui.service import Service
+from tapt.ui.service import EMBEDDED_BACKBONE, Model, Service
 
-OUTPUTS = 6
 BROKEN = "This run failed on the server, for a reason that its log names. Please try again."
+MODEL_FIELDS = ("backbone", "pack", "views", "keep", "tune_steps", "lr", "alpha")
+
+
+def _endpoint(function: Callable) -> Callable:
+    """Names the parameters of an API endpoint after `inputs.FIELDS`, checks the request, and shows
+    the person one sentence whatever goes wrong."""
+
+    def run(self: Handlers, *values: object) -> Iterator:
+        try:
+            raw = dict(zip(inputs.FIELDS, values, strict=True))
+            yield from function(self, inputs.read_request(raw, self.uploads))
+        except TaptError as error:
+            raise inputs.refusal(error) from error
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise gr.Error(BROKEN) from error  # with its traceback in the log
+
+    kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    names = [
+        inspect.Parameter(name, kind, default=empty if name in ("self", "image") else None)
+        for name in ("self", *inputs.FIELDS)
+    ]
+    run.__signature__ = inspect.Signature(names)
+    run.__name__, run.__doc__ = function.__name__, function.__doc__
+    return run
 
 
 class Handlers:
@@ -30,46 +57,24 @@ class Handlers:
     uploads: the folder that pictures of requests may be read from.
     """
 
+    OUTPUTS = 8
+
     def __init__(self, service: Service, uploads: str) -> None:
         self.service = service
         self.uploads = uploads
+        self._gpu_steps = on_gpu(self._steps)
 
-    def compare(
-        self,
-        image: dict | None,
-        class_names: str | None,
-        attack: bool,
-        epsilon: float,
-        threat: str,
-        true_class: str | None = None,
-    ) -> Iterator[tuple]:
-        """Yields (status, verdict, table, pictures, perturbation, JSON) until all is there.
+    @_endpoint
+    def compare(self, request: inputs.Request) -> Iterator[tuple]:
+        """Yields (status, verdict, answers, pictures, perturbation, details, downloads, JSON).
 
         Only changed values are sent in between; the last yield carries every one.
         """
-        try:
-            yield from self._compare(image, class_names, attack, epsilon, threat, true_class)
-        except TaptError as error:
-            raise inputs.refusal(error) from error
-        except gr.Error:
-            raise
-        except Exception as error:
-            raise gr.Error(BROKEN) from error  # with its traceback in the log
-
-    def _compare(self, image, class_names, attack, epsilon, threat, true_class) -> Iterator[tuple]:
-        payload = None if image is None else inputs.PictureInput.data_model(**image)
-        picture = inputs.read_picture(payload, self.uploads)
-        if picture is None:
-            raise InputError("Choose a picture first: upload one, paste one or pick an example.")
-        classes = tuple(parse_classes(inputs.read_text("Class names", class_names)))
-        label = inputs.read_label(inputs.read_text("True class", true_class), classes)
-        config = inputs.read_attack(attack, epsilon, threat)
-        yield render.status("Reading the class names"), "", "", None, "", None
-
+        yield render.status("Reading the class names"), "", "", None, "", "", "", None
         seen = None
-        for step in with_heartbeat(self._steps(picture, classes, config, threat, label)):
+        for step in with_heartbeat(self._work(request)):
             if step is None:
-                yield (gr.skip(),) * OUTPUTS
+                yield (gr.skip(),) * self.OUTPUTS
                 continue
             progress, result = step
             if result.finished:
@@ -77,72 +82,150 @@ class Handlers:
             bar = render.status(progress.phase, progress.done, progress.total)
             answers = _answers(result)
             if answers == seen:
-                yield bar, *(gr.skip(),) * (OUTPUTS - 1)
+                yield bar, *(gr.skip(),) * (self.OUTPUTS - 1)
             else:
                 seen = answers
-                yield bar, *self._values(result)
-        yield render.finished(result.seconds["total"]), *self._values(result)
+                yield bar, *self._values(result, request)
+        yield render.finished(result.seconds["total"]), *self._values(result, request)
 
-    def _steps(
-        self,
-        picture: Image.Image,
-        classes: tuple[str, ...],
-        config: AttackConfig | None,
-        threat: str,
-        label: str | None,
-    ) -> Generator[tuple[Progress, Comparison], None, None]:
-        service = self.service
-        names = {"backbone": service.backbone_name, "pack": service.pack_name}
-        steps = compare_steps(
-            service.defender(classes), picture, attack=config, threat=threat, label=label
-        )
-        with closing(steps):
-            for progress, result in steps:
-                result.settings.update(names)  # visitors need not know the server's folders
-                yield progress, _snapshot(result)
+    @_endpoint
+    def analyze(self, request: inputs.Request) -> Iterator[dict]:
+        """The JSON object of `python -m tapt predict --json`, once all is there."""
+        for step in with_heartbeat(self._work(request)):
+            if step is None or not step[1].finished:
+                yield gr.skip()
+        yield step[1].to_dict()
 
-    def _values(self, result: Comparison) -> tuple[Any, ...]:
+    def _work(self, request: inputs.Request) -> Generator[tuple[Progress, Comparison], None, None]:
+        self.service.model(request.backbone, request.pack)  # loaded here, not in a fork
+        with closing(self._gpu_steps(request)) as steps:
+            yield from steps
+
+    def _steps(self, request: inputs.Request) -> Generator[tuple[Progress, Comparison], None, None]:
+        try:
+            model = self.service.model(request.backbone, request.pack)
+            steps = compare_steps(
+                self.service.defender(model, request.classes),
+                request.picture,
+                attack=request.attack,
+                threat=request.threat,
+                label=request.label,
+                target=request.target,
+                config=model.pack.test_time.updated(**request.changes),
+                seed=request.seed,
+            )
+            names = {"backbone": model.backbone_name, "pack": model.pack_name}
+            with closing(steps):
+                for progress, result in steps:
+                    result.settings.update(names)  # no folders of the server
+                    yield progress, _snapshot(result)
+        except TaptError as error:  # another process can only hand on gradio's own errors
+            raise inputs.refusal(error) from error
+
+    def _values(self, result: Comparison, request: inputs.Request) -> tuple[Any, ...]:
         attacked = result.attacked is not None
-        unknown = unknown_names(result.classes) if self.service.embedded else []
-        trained = self.service.pack.trained
+        embedded = result.settings["backbone"] == EMBEDDED_BACKBONE
+        unknown = known.unknown_names(result.classes) if embedded else []
+        numbers = {
+            "verdict": result.verdict(),
+            "finished": result.finished,
+            "unknown_classes": unknown,
+            **result.to_dict(),
+        }
+        take_away = ""
+        if result.finished:
+            link = links.to_link(request.values, to_picture(result.clean))
+            take_away = render.downloads(result, numbers, link)
         return (
-            render.verdict(result, trained=trained, unknown=unknown),
-            render.facts(result, trained=trained) + render.table(result, trained=trained),
+            render.verdict(result, unknown),
+            render.table(result) + render.facts(result),
             (to_picture(result.clean), to_picture(result.attacked)) if attacked else None,
             render.perturbation(result),
-            {
-                "verdict": result.verdict(),
-                "finished": result.finished,
-                "unknown_classes": unknown,
-                **result.to_dict(),
-            },
+            details.what_tapt_did(result),
+            take_away,
+            numbers,
         )
 
-    def preview(self, picture: Image.Image | None) -> str:
+    def start(self, link: str) -> tuple:
+        """The inputs as the page opens, in the order of `inputs.FIELDS`: an example, or what a
+        link restores; then the line about the model."""
+        try:
+            if link:
+                values = links.from_link(link)
+                request = inputs.read_request(values, self.uploads)
+                model = self.service.model(request.backbone, request.pack)
+                values |= {"true_class": request.label or "", "target": request.target or ""}
+                names = [("", ""), *((name, name) for name in request.classes)]
+                for name in ("true_class", "target"):
+                    values[name] = gr.update(value=values[name], choices=names)
+                rest = (values.get(name) for name in inputs.FIELDS[1 : -len(MODEL_FIELDS)])
+                return request.picture, *rest, *self._model_values(model, values)
+        except TaptError as error:
+            gr.Warning(html.escape(str(error), quote=False))
+        skipped = (gr.skip(),) * (len(inputs.FIELDS) - 1 - len(MODEL_FIELDS))
+        return open_image(known.EXAMPLES[0].path), *skipped, *self.choose("", "")
+
+    def choose(self, backbone: str, pack: str) -> tuple:
+        """The fields of the defence for a backbone and a pack, with the pack's own settings, and
+        the line about the model."""
+        try:
+            return self._model_values(self.service.model(backbone, pack), {})
+        except TaptError as error:
+            raise inputs.refusal(error) from error
+
+    def _model_values(self, model: Model, changed: Mapping[str, object]) -> tuple:
+        own = model.pack.test_time.to_dict() | {"tune_steps": model.pack.test_time.steps}
+        own |= {name: value for name, value in changed.items() if value is not None}
+        numbers = (own[name] for name in MODEL_FIELDS[2:])
+        packs = gr.update(
+            choices=list(self.service.packs(model.backbone_name)), value=model.pack_name
+        )
+        return model.backbone_name, packs, *numbers, render.model_line(model)
+
+    def preview(self, picture: Image.Image | None, backbone: str) -> str:
         """What the model will see of a picture."""
         if picture is None:
             return ""
-        return render.preview(to_picture(self.service.backbone.preprocess(picture)))
-
-    def classes_note(self, class_names: str) -> str:
-        """What the embedded model makes of the class names; nothing for other backbones."""
-        if not self.service.embedded:
-            return ""
         try:
-            names = parse_classes(class_names or "")
-        except InputError:
-            names = []
-        return render.classes_note(unknown_names(names))
+            model = self.service.model(backbone)
+        except TaptError as error:
+            raise inputs.refusal(error) from error
+        return render.preview(to_picture(model.backbone.preprocess(picture)))
+
+    def classes(self, text: str, true_class: str, target: str, backbone: str) -> tuple:
+        """What is to say about the class names, and the choices of the true class and target."""
+        every = class_names((text or "")[: inputs.MAX_TEXT])
+        names = list(dict.fromkeys(every))
+        unknown = known.unknown_names(names) if backbone == EMBEDDED_BACKBONE else None
+        note = render.classes_note(len(names), len(every) - len(names), unknown)
+        choices = names[:MAX_CLASSES]
+        return note, *(
+            gr.update(choices=[(empty, ""), *choices], value=value if value in choices else "")
+            for empty, value in ((render.NO_LABEL, true_class), (render.NO_TARGET, target))
+        )
+
+    def attack(self, name: str, threat: str) -> tuple:
+        """The lines that explain an attack and its view, and which fields apply to it: epsilon,
+        attacked model, step size, target."""
+        row = ATTACKS.get(name)
+        shown = (
+            row is not None and row.norm == "Linf",
+            row is not None,
+            row is not None and row.step_size,
+            row is not None and row.targeted,
+        )
+        return render.attack_note(row, threat), *(gr.update(visible=on) for on in shown)
 
 
-def _snapshot(result: Comparison) -> Comparison:
-    """A copy to read while the run goes on in its own thread."""
-    return replace(
-        result,
-        results={name: dict(kinds) for name, kinds in result.results.items()},
-        traces=dict(result.traces),
-        seconds=dict(result.seconds),
-    )
+def _snapshot(value: Any) -> Any:
+    """A copy to read while the run goes on in its own thread, with its tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _snapshot(item) for key, item in value.items()}
+    if is_dataclass(value):
+        return replace(value, **{f.name: _snapshot(getattr(value, f.name)) for f in fields(value)})
+    return value
 
 
 def _answers(result: Comparison) -> set[tuple[str, str]]:
