@@ -139,6 +139,7 @@ def test_the_json_object_has_exactly_these_keys(finished: Comparison):
         "label_given",
         "results",
         "linf_255",
+        "l2",
         "trace",
         "seconds",
     }
