@@ -38,14 +38,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--backbone",
-        default=os.environ.get("TAPT_BACKBONE", "tiny"),
+        default=os.environ.get("TAPT_BACKBONE"),
         help="tiny (embedded), ViT-B-16, hf-hub:owner/repo, ..., or several by commas for the page "
-        "to choose from (default %(default)s)",
+        "to choose from (default: the pack's, else tiny)",
     )
     parser.add_argument(
         "--pack",
         default=os.environ.get("TAPT_PACK"),
-        help="embedded pack or folder (default: the backbone's own, else untrained prompts)",
+        help="embedded pack, folder or Hub id owner/repo (default: the backbone's own, else "
+        "untrained prompts)",
     )
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
     parser.add_argument(
@@ -60,10 +61,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     if args.mcp and find_spec("mcp") is None:
         _fail('--mcp needs one more package: pip install "gradio[mcp]"')
     # imported late, so that --help and a mistyped option answer at once
+    from tapt.options import DownloadBar
     from tapt.ui.service import load_service
 
+    options = {"token": None, "progress": DownloadBar()}
     try:
-        service = load_service(args.backbone, args.pack, args.device)
+        service = load_service(args.backbone, args.pack, args.device, **options)
     except TaptError as error:
         _fail(str(error))
     from tapt.ui.page import build_page, launch_options

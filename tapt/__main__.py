@@ -13,6 +13,8 @@ COMMANDS = {
     "evaluate": "accuracy with and without attack on a data set",
     "train": "adversarial prompt tuning: make defensive prompts",
     "statistics": "token statistics for trained prompts; makes the finished pack",
+    "push": "publish a pack on the Hugging Face Hub",
+    "convert": "make a pack of a checkpoint of the method's research code",
     "bench": "seconds and memory per image, beside the straightforward path",
 }
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import open_clip
@@ -19,12 +18,23 @@ from torch import Tensor, nn
 from torchvision.transforms import Compose, Normalize, ToTensor
 
 from tapt.errors import BackboneError, InputError
-from tapt.hub import snapshot
+from tapt.files import file_sha256
+from tapt.hub import Origin, Progress, Snapshot, Token, parse_id, snapshot
 from tapt.images import to_uint8
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "prompts"
 OPENAI_NAMES = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+ARCHITECTURE = (
+    "image_size",
+    "image_tokens",
+    "visual_width",
+    "visual_blocks",
+    "text_width",
+    "text_blocks",
+    "context_length",
+)
+MAX_CONFIG_BYTES, MAX_BYTES = 1_000_000, 16_000_000_000  # of a backbone's files on the Hub
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,6 +47,7 @@ class Backbone:
     source: where the weights come from (`hf-hub:owner/repo`, `tiny`, `random:ViT-B-16`, ...).
     revision: commit of that source, None when it has none.
     sha256: of the weight file, None for random weights.
+    origin: what was fetched from the Hub, None for other sources.
     """
 
     name: str
@@ -45,6 +56,7 @@ class Backbone:
     source: str
     revision: str | None
     sha256: str | None
+    origin: Origin | None = None
 
     @property
     def visual(self) -> VisionTransformer:
@@ -88,15 +100,7 @@ class Backbone:
     @property
     def architecture(self) -> dict[str, int]:
         """What prompts and statistics depend on; two backbones that differ here never share."""
-        return {
-            "image_size": self.image_size,
-            "image_tokens": self.image_tokens,
-            "visual_width": self.visual_width,
-            "visual_blocks": self.visual_blocks,
-            "text_width": self.text_width,
-            "text_blocks": self.text_blocks,
-            "context_length": self.context_length,
-        }
+        return {name: getattr(self, name) for name in ARCHITECTURE}
 
     @property
     def device(self) -> torch.device:
@@ -194,36 +198,74 @@ def load_backbone(
     revision: str | None = None,
     device: str | torch.device | None = None,
     dtype: torch.dtype | None = None,
+    token: Token = False,
+    progress: Progress | None = None,
 ) -> Backbone:
     """Loads a CLIP, frozen and in eval mode.
 
     name: `tiny` (embedded); `ViT-B-32`, `ViT-B-16` or `ViT-L-14` with OpenAI's weights; any
-        `architecture:tag` of open_clip; `hf-hub:owner/repo`; `local-dir:path`;
+        `architecture:tag` of open_clip; `hf-hub:owner/repo[@revision]`; `local-dir:path`;
         `random:architecture` for untrained weights, on purpose.
     revision: branch, tag or commit of a Hub repo.
     device: default CUDA, then MPS, then CPU, whichever is there.
     dtype: default float32.
+    token, progress: for the Hub, see `tapt.hub`.
 
     Raises:
         BackboneError: unknown name or device, missing weights, or a tower that cannot take
             prompts.
+        HubError: the weights cannot be fetched, and are not in the local cache.
     """
     place = _usable_device(device or default_device())
     kind, _, rest = name.partition(":")
-    commit, sha256 = None, None
+    fetch = partial(_fetch, revision=revision, token=token, progress=progress)
+    source, sha256, origin = name, None, None
     if kind == "random":
         model, tokenizer = _build_random(rest, name), _tokenizer(rest)
     elif kind in ("tiny", "local-dir"):
         folder = EMBEDDED / "tiny" / "backbone" if kind == "tiny" else Path(rest).expanduser()
-        model, tokenizer, sha256 = _load_folder(folder, name)
+        model, tokenizer = _load_folder(folder, name)
+        sha256 = file_sha256(folder / WEIGHTS_FILE)
     elif kind == "hf-hub":
-        folder, commit = snapshot(rest, [CONFIG_FILE, WEIGHTS_FILE], revision)
-        model, tokenizer, sha256 = _load_folder(folder, name)
+        found = fetch(rest, (CONFIG_FILE, WEIGHTS_FILE))
+        model, tokenizer = _load_folder(found.folder, name)
+        source, sha256, origin = name.partition("@")[0], found.sha256(WEIGHTS_FILE), found.origin
     else:
-        model, tokenizer, sha256, commit = _load_tag(kind, rest or "openai", revision)
+        model, tokenizer, sha256, origin = _load_tag(kind, rest or "openai", fetch)
     model.requires_grad_(False).eval()
     model.to(device=place, dtype=dtype or torch.float32)
-    return Backbone(name, model, tokenizer, name, commit, sha256)
+    commit = origin.commit if origin else None
+    return Backbone(name, model, tokenizer, source, commit, sha256, origin)
+
+
+def is_public(name: str) -> bool:
+    """Whether a backbone comes from the Hub, with open_clip or with the project; not a folder."""
+    kind = name.partition(":")[0]
+    return name == "tiny" or kind == "hf-hub" or kind in open_clip.list_models()
+
+
+def hub_repo(name: str) -> str | None:
+    """The Hub's repo of a backbone, None for one that is not there."""
+    kind, _, rest = name.partition(":")
+    if kind == "hf-hub":
+        return rest.partition("@")[0]
+    tag = open_clip.get_pretrained_cfg(kind, rest or "openai") or {}
+    return tag.get("hf_hub", "").rpartition("/")[0] or None
+
+
+def _fetch(
+    name: str,
+    files: Sequence[str],
+    *,
+    revision: str | None,
+    token: Token,
+    progress: Progress | None,
+) -> Snapshot:
+    where = parse_id(f"{name}@{revision}" if revision else name)
+    if where is None or where.subfolder:
+        raise BackboneError(f"{name!r} is not a Hub id; write owner/name or owner/name@revision.")
+    sizes = {file: MAX_CONFIG_BYTES if file == CONFIG_FILE else MAX_BYTES for file in files}
+    return snapshot(where, sizes, token=token, progress=progress)
 
 
 def default_device() -> str:
@@ -258,17 +300,23 @@ def _tokenizer(name: str) -> Callable[..., Tensor]:
         raise BackboneError(f"The tokenizer of {name!r} could not be loaded.") from error
 
 
-def _load_folder(folder: Path, name: str) -> tuple[nn.Module, Callable[..., Tensor], str]:
+def _load_folder(folder: Path, name: str) -> tuple[nn.Module, Callable[..., Tensor]]:
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise BackboneError(f"Backbone {name!r} has no {file}.")
     _check_towers(_read_config(folder / CONFIG_FILE, name), name)
     _check_safetensors(folder / WEIGHTS_FILE, name)
+    return _build(f"local-dir:{folder}", name), _tokenizer(f"local-dir:{folder}")
+
+
+def _build(model_name: str, name: str, **options: object) -> nn.Module:
     try:
-        model, _ = open_clip.create_model_from_pretrained(f"local-dir:{folder}")
+        model, _ = open_clip.create_model_from_pretrained(model_name, **options)
     except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
-        raise BackboneError(f"The weights of {name!r} do not fit its {CONFIG_FILE}.") from error
-    return model, _tokenizer(f"local-dir:{folder}"), file_sha256(folder / WEIGHTS_FILE)
+        raise BackboneError(f"The weights of {name!r} do not fit its architecture.") from error
+    if not all(torch.isfinite(weights).all() for weights in model.parameters()):
+        raise BackboneError(f"The weights of {name!r} have values that are not finite.")
+    return model
 
 
 def _read_config(path: Path, name: str) -> Mapping:
@@ -281,8 +329,8 @@ def _read_config(path: Path, name: str) -> Mapping:
 
 
 def _load_tag(
-    architecture: str, tag: str, revision: str | None
-) -> tuple[nn.Module, Callable[..., Tensor], str, str]:
+    architecture: str, tag: str, fetch: Callable[..., Snapshot]
+) -> tuple[nn.Module, Callable[..., Tensor], str, Origin]:
     tags = open_clip.list_pretrained_tags_by_model(architecture)
     if tag not in tags:
         known = ", ".join(tags) or "none; see open_clip.list_pretrained()"
@@ -293,21 +341,23 @@ def _load_tag(
         )
     _check_towers(open_clip.get_model_config(architecture), f"{architecture}:{tag}")
     cfg = open_clip.get_pretrained_cfg(architecture, tag)
-    repo, file = cfg.get("hf_hub", "").rsplit("/", 1)
+    repo, _, file = cfg.get("hf_hub", "").rpartition("/")
     file = file if file.endswith(".safetensors") else WEIGHTS_FILE
-    folder, commit = snapshot(repo, [file], revision)
-    _check_safetensors(folder / file, f"{architecture}:{tag}")
+    name = f"{architecture}:{tag}"
+    found = fetch(repo, (file,))
+    _check_safetensors(found.folder / file, name)
     # OpenAI's weights were trained with QuickGELU; the plain architecture would only warn
-    model, _ = open_clip.create_model_from_pretrained(
+    model = _build(
         architecture,
-        pretrained=str(folder / file),
+        name,
+        pretrained=str(found.folder / file),
         force_quick_gelu=bool(cfg.get("quick_gelu")),
         image_mean=cfg.get("mean"),
         image_std=cfg.get("std"),
         image_interpolation=cfg.get("interpolation"),
         image_resize_mode=cfg.get("resize_mode"),
     )
-    return model, _tokenizer(architecture), file_sha256(folder / file), commit
+    return model, _tokenizer(architecture), found.sha256(file), found.origin
 
 
 def _check_safetensors(path: Path, name: str) -> None:
@@ -336,12 +386,3 @@ def _check_towers(config: Mapping, name: str) -> None:
         f"The {tower} tower of {name!r} is {what}, without open_clip transformer blocks; "
         "prompts cannot go in. Choose a CLIP with ViT towers."
     )
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file, as hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

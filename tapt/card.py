@@ -6,37 +6,52 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import EvalResult, ModelCardData
 
+from tapt.backbone import hub_repo
+
 if TYPE_CHECKING:
     from tapt.pack import Pack
 
+TAG = "tapt"
+PICTURE = "accuracy.png"
 USE = """\
 ```python
-from tapt.backbone import load_backbone
 from tapt.compare import compare
 from tapt.defense import make_defender
 from tapt.images import open_image
-from tapt.pack import load_pack
+from tapt.pack import load_model
 
-backbone = load_backbone("{source}")
-pack = load_pack("{name}", backbone)
+backbone, pack = load_model(pack="{name}")
 defender = make_defender(backbone, pack, ["cat", "dog"])
 print(compare(defender, open_image("photo.jpg")).verdict())
 ```"""
 
 
-def model_card(pack: Pack, name: str) -> str:
+def weights_tag(sha256: str | None) -> str:
+    """The Hub's tag of packs for one set of weights."""
+    return f"tapt-weights-{(sha256 or 'random')[:16]}"
+
+
+def model_card(pack: Pack, name: str, *, picture: bool = False) -> str:
     """Markdown with the Hub's metadata in front; numbers come from `pack.evaluation`.
 
     name: what `load_pack` takes.
+    picture: whether `accuracy.png` lies beside the card.
     """
     source = pack.base_model["source"]
+    repo = hub_repo(source)
     results = [r for row in pack.evaluation for r in _eval_results(row)]
     data = ModelCardData(
-        base_model=source.removeprefix("hf-hub:"),
-        base_model_relation="adapter",
+        base_model=repo,
+        base_model_relation="adapter" if repo else None,
         library_name="tapt",
         pipeline_tag="zero-shot-image-classification",
-        tags=["tapt", "adversarial-robustness", "prompt-tuning", "clip"],
+        tags=[
+            TAG,
+            weights_tag(pack.base_model["sha256"]),
+            "adversarial-robustness",
+            "prompt-tuning",
+            "clip",
+        ],
         license="mit",
         model_name=f"TAPT-{pack.prompts.config.design} prompts for {source}",
         eval_results=results or None,
@@ -54,8 +69,9 @@ def model_card(pack: Pack, name: str) -> str:
         + (f" and {config.text_depth} text blocks" if config.text_depth else "")
         + ", with the token statistics that the test-time step aligns to.",
         "",
-        USE.format(source=source, name=name),
+        USE.format(name=name),
         "",
+        *([f"![Accuracy of every defence, clean and attacked]({PICTURE})", ""] if picture else []),
         *_table(pack.evaluation),
     ]
     return "\n".join(lines) + "\n"

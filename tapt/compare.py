@@ -20,6 +20,7 @@ from tapt.defense import DEFENSES, THREATS, Defended, Defender
 from tapt.errors import Cancelled, InputError
 from tapt.tuning import Losses, Trace, TuneConfig
 
+R = TypeVar("R")
 T = TypeVar("T")
 
 
@@ -207,7 +208,7 @@ def compare_steps(
         targets = None
         if target is not None:
             targets = torch.tensor([defender.classes.index(target)], device="cpu")
-        attacked = yield from _watched(
+        attacked = yield from watched(
             "attack",
             result,
             lambda report: attack_images(
@@ -228,7 +229,7 @@ def compare_steps(
         if seen is None:
             continue
         began = time.perf_counter()
-        defended: Defended = yield from _watched(
+        defended: Defended = yield from watched(
             f"TAPT on the {kind} image",
             result,
             lambda report, seen=seen: defender.defend(
@@ -252,11 +253,11 @@ def compare(defender: Defender, image: Image.Image, **options: object) -> Compar
     return result
 
 
-def _watched(
-    phase: str, result: Comparison, work: Callable[[Callable[[int, int], None]], T]
-) -> Generator[tuple[Progress, Comparison], None, T]:
-    """Runs `work(report)` in a thread and yields its progress; closing stops it at its next
-    report."""
+def watched(
+    phase: str, result: R, work: Callable[[Callable[[int, int], None]], T]
+) -> Generator[tuple[Progress, R], None, T]:
+    """Runs `work(report)` in a thread, yields its progress beside `result` and returns its value;
+    closing stops it at its next report."""
     events: queue.SimpleQueue = queue.SimpleQueue()
     stop = threading.Event()
 
@@ -305,7 +306,9 @@ def _settings(
     pack = defender.pack
     return {
         "backbone": defender.backbone.name,
+        "backbone_commit": defender.backbone.revision,
         "pack": pack.name,
+        "pack_commit": pack.origin.commit if pack.origin else None,
         "trained": pack.trained,
         "prompts": pack.prompts.config.to_dict(),
         "test_time": config.to_dict(),

@@ -17,6 +17,10 @@ class PackError(TaptError):
     """A prompt pack is missing, malformed, or was made for another backbone."""
 
 
+class HubError(TaptError):
+    """A repo of the Hub is missing, refused, too large or damaged, or cannot be reached."""
+
+
 class DataError(TaptError):
     """A data set is missing or not laid out as expected."""
 

@@ -21,19 +21,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from tapt.attacks import ATTACKS, AttackConfig, attack_images, linf_255
-from tapt.backbone import Backbone, load_backbone
+from tapt.backbone import Backbone
 from tapt.data import in_memory, load_data
 from tapt.defense import DEFENSES, THREATS, Defender, make_defender
 from tapt.errors import InputError
 from tapt.losses import kept_views_count
 from tapt.options import (
-    add_backbone_options,
+    add_model_options,
     add_tuning_options,
     fractions,
+    model_of,
     names,
     tuning_config,
 )
-from tapt.pack import Pack, default_pack, load_pack, pack_folder, save_pack, write_file
+from tapt.pack import Pack, pack_folder, save_pack, write_file
 from tapt.prompts import random_prompts
 from tapt.tuning import TuneConfig
 
@@ -216,8 +217,7 @@ def peak_memory_mb(device: torch.device) -> float:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", required=True, help="folder or zip of class folders")
-    add_backbone_options(parser)
-    parser.add_argument("--pack", help="tiny/vli or a folder; default: the backbone's own")
+    add_model_options(parser)
     parser.add_argument("--defenses", type=names, default=list(DEFENSES), help="by commas")
     parser.add_argument("--threats", type=names, default=list(THREATS), help="by commas")
     parser.add_argument("--attack", default="pgd", choices=tuple(ATTACKS))
@@ -261,8 +261,9 @@ def run(args: argparse.Namespace) -> int:
     data = load_data(args.data)
     if args.limit is not None:
         data = data.balanced(args.limit, args.seed)
-    backbone = load_backbone(args.backbone, revision=args.revision, device=args.device)
-    pack = load_pack(args.pack, backbone) if args.pack else default_pack(backbone)
+    backbone, pack = model_of(args)
+    if args.record and pack.origin:
+        raise InputError("--record writes into the pack: give --pack its folder, not a Hub id.")
     config = tuning_config(args, pack.test_time)
     defender = make_defender(backbone, pack, data.classes)
     answers = Answers(defender, args.defenses, config, args.seed)
@@ -301,7 +302,7 @@ def _settings(args: argparse.Namespace, pack: Pack, config: TuneConfig) -> dict:
     packages = ("torch", "open_clip_torch", "torchattacks")
     return {
         "data": Path(args.data).name,
-        "backbone": args.backbone,
+        "backbone": args.backbone or pack.base_model["source"],
         "base_model": pack.base_model,
         "pack": pack.name,
         "trained": pack.trained,

@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 
+from tqdm import tqdm
+
+from tapt.backbone import Backbone
+from tapt.pack import Pack, load_model
 from tapt.tuning import TuneConfig
 
 
@@ -34,6 +39,47 @@ def add_backbone_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backbone", default="tiny", help="tiny, ViT-B-16, hf-hub:owner/repo, ...")
     parser.add_argument("--revision", help="branch, tag or commit of a Hub backbone")
     parser.add_argument("--device", help="default: cuda, mps or cpu, the first that is there")
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """A backbone, a pack, or both."""
+    add_backbone_options(parser)
+    parser.set_defaults(backbone=None)
+    parser.add_argument(
+        "--pack", help="tiny/vli, a folder or a Hub id owner/repo; default: the backbone's own"
+    )
+
+
+def model_of(args: argparse.Namespace) -> tuple[Backbone, Pack]:
+    """The backbone and the pack that were asked for; says on stderr what came from the Hub."""
+    backbone, pack = load_model(
+        args.backbone,
+        args.pack,
+        revision=args.revision,
+        device=args.device,
+        token=None,
+        progress=DownloadBar(),
+    )
+    for what, origin in (("Backbone", backbone.origin), ("Pack", pack.origin)):
+        if origin:
+            print(f"{what} {origin}", file=sys.stderr)
+    return backbone, pack
+
+
+class DownloadBar:
+    """Shows a download's progress on stderr."""
+
+    def __init__(self) -> None:
+        self.bar: tqdm | None = None
+
+    def __call__(self, done: int, total: int) -> None:
+        if self.bar is None:
+            options = {"unit": "B", "unit_scale": True, "dynamic_ncols": True}
+            self.bar = tqdm(total=total, desc="Download", **options)
+        self.bar.update(done - self.bar.n)
+        if done == total:
+            self.bar.close()
+            self.bar = None
 
 
 def add_tuning_options(parser: argparse.ArgumentParser) -> None:

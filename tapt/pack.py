@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from tapt.backbone import EMBEDDED, Backbone
-from tapt.card import model_card
+from tapt.backbone import ARCHITECTURE, EMBEDDED, Backbone, hub_repo, is_public, load_backbone
+from tapt.card import TAG, model_card, weights_tag
 from tapt.errors import InputError, PackError
+from tapt.files import write_file
+from tapt.hub import Origin, Progress, Token, list_models, parse_id, snapshot
 from tapt.losses import Statistics, TokenStatistics
 from tapt.prompts import PromptConfig, Prompts, init_prompts
 from tapt.tuning import TuneConfig
@@ -34,6 +36,7 @@ CONFIG, PROMPTS, STATISTICS, CARD = (
     "README.md",
 )
 MAX_CONFIG_BYTES = 1_000_000
+MAX_HUB_BYTES = {CONFIG: MAX_CONFIG_BYTES, PROMPTS: 1_000_000_000, STATISTICS: 1_000_000_000}
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,9 +45,10 @@ class Pack:
     statistics: None for untrained prompts, and before `python -m tapt statistics`; the alignment
         term is then left out.
     test_time: settings that were chosen for these prompts.
-    name: as asked for, `tiny/vli` or a folder.
+    name: as asked for, `tiny/vli`, a folder or a Hub id.
     base_model: source, revision, sha256, architecture, mean and std of the backbone.
     training, evaluation: how the prompts were made, and their measured accuracy.
+    origin: what was fetched from the Hub, None for other packs.
     """
 
     prompts: Prompts
@@ -55,6 +59,7 @@ class Pack:
     training: dict = field(default_factory=dict)
     evaluation: list = field(default_factory=list)
     trained: bool = True
+    origin: Origin | None = None
 
 
 def base_model(backbone: Backbone) -> dict:
@@ -113,39 +118,141 @@ def pack_name(folder: str | os.PathLike) -> str:
     return folder.name
 
 
-def load_pack(source: str | os.PathLike, backbone: Backbone, *, statistics: bool = True) -> Pack:
+def load_pack(
+    source: str | os.PathLike,
+    backbone: Backbone,
+    *,
+    statistics: bool = True,
+    token: Token = False,
+    progress: Progress | None = None,
+) -> Pack:
     """Loads and checks a pack.
 
-    source: an embedded name (`tiny/vli`) or a folder.
+    source: an embedded name (`tiny/vli`), a folder, or a Hub id
+        `owner/repo[/subfolder][@revision]`; tried in this order.
     statistics: False reads the prompts alone, as `python -m tapt train` leaves them.
+    token, progress: for the Hub, see `tapt.hub`.
 
     Raises:
         PackError: missing, malformed, or made for another backbone; the message says which.
+        HubError: cannot be fetched, and is not in the local cache.
     """
-    name = str(source)
+    return _fit(_find(source, statistics, token, progress), backbone, statistics)
+
+
+def load_model(
+    backbone: str | None = None,
+    pack: str | os.PathLike | None = None,
+    *,
+    revision: str | None = None,
+    device: str | None = None,
+    token: Token = False,
+    progress: Progress | None = None,
+) -> tuple[Backbone, Pack]:
+    """A backbone with its pack.
+
+    backbone: default the one that the pack names, at the commit that it names.
+    pack: default the backbone's embedded one, see `default_pack`.
+
+    Raises:
+        BackboneError, PackError, HubError: unknown, malformed, or not made for each other.
+    """
+    options = {"device": device, "token": token, "progress": progress}
+    if pack is None:
+        loaded = load_backbone(backbone or "tiny", revision=revision, **options)
+        return loaded, default_pack(loaded)
+    found = _find(pack, True, token, progress)
+    if backbone is None:
+        made = found.config["base_model"]
+        backbone, revision = made["source"], revision or made["revision"]
+    loaded = load_backbone(backbone, revision=revision, **options)
+    return loaded, _fit(found, loaded, True)
+
+
+def check_pack(folder: str | os.PathLike) -> Pack:
+    """Reads a finished pack against the architecture that it names, without that backbone.
+
+    Raises:
+        PackError: missing or malformed.
+    """
+    if not pack_folder(str(folder)).is_dir():
+        raise PackError(f"There is no folder {str(folder)!r} with a pack.")
+    found = _find(folder, True, False, None)
+    wanted = found.config["base_model"]["architecture"]
+    return _read(found, SimpleNamespace(**wanted), True)
+
+
+def hub_packs(backbone: Backbone) -> list[str]:
+    """Ids of the Hub's public packs for these weights, the most downloaded first.
+
+    Raises:
+        HubError: the Hub cannot be asked.
+    """
+    repo = hub_repo(backbone.source)
+    fits = {weights_tag(backbone.sha256)} | ({f"base_model:{repo}"} if repo else set())
+    return [model.id for model in list_models(TAG) if fits & set(model.tags or [])]
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A pack's folder with its config, before its tensors are read."""
+
+    name: str
+    folder: Path
+    config: dict
+    origin: Origin | None
+
+
+def _find(
+    source: str | os.PathLike, statistics: bool, token: Token, progress: Progress | None
+) -> _Found:
+    name, origin = str(source), None
     folder = pack_folder(name)
     if not folder.is_dir():
-        known = ", ".join(_embedded_names())
-        raise PackError(f"There is no pack {name!r}: use {known} or a folder.")
+        where = parse_id(name)
+        # a mistyped tiny/vli must not fetch a stranger's repo
+        if where is None or (EMBEDDED / name.partition("/")[0]).is_dir():
+            known = ", ".join(_embedded_names())
+            raise PackError(
+                f"There is no pack {name!r}: use {known}, a folder, or a Hub id such as owner/repo."
+            )
+        files = {k: v for k, v in MAX_HUB_BYTES.items() if statistics or k != STATISTICS}
+        fetched = snapshot(where, files, token=token, progress=progress)
+        folder, origin = fetched.folder, fetched.origin
     config = _read_config(folder, name)
-    _check_backbone(config["base_model"], backbone, name)
+    if origin and not is_public(config["base_model"]["source"]):
+        raise PackError(
+            f"Pack {name!r} names a backbone that is not on the Hub; a pack from the Hub may only "
+            "name hf-hub:owner/repo or a built-in backbone."
+        )
+    return _Found(name, folder, config, origin)
+
+
+def _fit(found: _Found, backbone: Backbone, statistics: bool) -> Pack:
+    _check_backbone(found.config["base_model"], backbone, found.name)
+    pack = _read(found, backbone, statistics)
+    return replace(pack, prompts=pack.prompts.map(lambda t: t.to(backbone.device, backbone.dtype)))
+
+
+def _read(found: _Found, backbone: Backbone | SimpleNamespace, statistics: bool) -> Pack:
+    config, name = found.config, found.name
     try:
         prompt_config = PromptConfig(**config["prompts"])
         test_time = TuneConfig(**config["test_time"])
         shapes = prompt_config.shapes(backbone)
     except (TypeError, InputError) as error:
         raise PackError(f"{CONFIG} of pack {name!r}: {error}") from error
-    tensors = _read_tensors(folder / PROMPTS, shapes, name)
-    prompts = Prompts(prompt_config, tensors).map(lambda t: t.to(backbone.device, backbone.dtype))
-    targets = _read_statistics(folder, backbone, prompt_config, name) if statistics else None
+    prompts = Prompts(prompt_config, _read_tensors(found.folder / PROMPTS, shapes, name))
+    targets = _read_statistics(found, backbone, prompt_config) if statistics else None
     made = config["base_model"], config["training"], config["evaluation"]
-    return Pack(prompts, targets, test_time, name, *made)
+    return Pack(prompts, targets, test_time, name, *made, origin=found.origin)
 
 
 def _read_statistics(
-    folder: Path, backbone: Backbone, config: PromptConfig, name: str
+    found: _Found, backbone: Backbone | SimpleNamespace, config: PromptConfig
 ) -> Statistics:
-    values = _read_tensors(folder / STATISTICS, statistics_shapes(backbone, config), name)
+    shapes = statistics_shapes(backbone, config)
+    values = _read_tensors(found.folder / STATISTICS, shapes, found.name)
     return Statistics(
         TokenStatistics(values["adversarial.mean"], values["adversarial.var"]),
         TokenStatistics(values["clean.mean"], values["clean.var"]),
@@ -182,19 +289,6 @@ def save_pack(pack: Pack, folder: str | os.PathLike) -> None:
         write_file(folder / STATISTICS, save(_storable(statistics)))
         write_file(folder / CARD, model_card(pack, pack_name(folder)).encode())
     write_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """Writes aside, then renames: a reader sees the old file or the whole new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
 
 
 def statistics_shapes(backbone: Backbone, config: PromptConfig) -> dict[str, tuple[int, ...]]:
@@ -234,6 +328,7 @@ def _read_config(folder: Path, name: str) -> dict:
     ):
         if not isinstance(config.get(key), kind):
             raise PackError(f"{CONFIG} of pack {name!r} lacks {key!r}.")
+    _check_base_model(config["base_model"], name)
     allowed = {f.name for f in fields(TuneConfig)}
     unknown = sorted(set(config["test_time"]) - allowed)
     if unknown:
@@ -241,8 +336,25 @@ def _read_config(folder: Path, name: str) -> dict:
     return config
 
 
+def _check_base_model(made: dict, name: str) -> None:
+    texts = made.get("source"), made.get("revision") or "", made.get("sha256") or ""
+    sizes = made.get("architecture")
+    if not (
+        all(isinstance(text, str) for text in texts)
+        and isinstance(sizes, dict)
+        and set(sizes) == set(ARCHITECTURE)
+        and all(isinstance(size, int) and 0 < size < 100_000 for size in sizes.values())
+    ):
+        raise PackError(
+            f"{CONFIG} of pack {name!r}: base_model must have source, revision, sha256 and "
+            f"architecture with {', '.join(ARCHITECTURE)}."
+        )
+
+
 def _check_backbone(wanted: dict, backbone: Backbone, name: str) -> None:
-    right = wanted.get("source")
+    right = wanted["source"]
+    if right.startswith("hf-hub:") and wanted.get("revision"):
+        right += f"@{wanted['revision']}"
     if wanted.get("architecture") != backbone.architecture:
         raise PackError(
             f"Pack {name!r} was made for backbone {right!r}; "

@@ -6,20 +6,23 @@ import argparse
 import json
 
 from tapt.attacks import ATTACKS, AttackConfig
-from tapt.backbone import load_backbone
 from tapt.compare import Comparison, compare
 from tapt.defense import DEFENSES, THREATS, make_defender, parse_classes
 from tapt.errors import InputError
 from tapt.images import open_image, save_png, to_picture
-from tapt.options import add_backbone_options, add_tuning_options, fraction, tuning_config
-from tapt.pack import default_pack, load_pack
+from tapt.options import (
+    add_model_options,
+    add_tuning_options,
+    fraction,
+    model_of,
+    tuning_config,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("image", metavar="IMAGE", help="any picture file")
     parser.add_argument("--classes", required=True, help="class names, by commas")
-    add_backbone_options(parser)
-    parser.add_argument("--pack", help="tiny/vli or a folder; default: the backbone's own")
+    add_model_options(parser)
     parser.add_argument("--attack", default="none", choices=("none", *ATTACKS))
     parser.add_argument("--epsilon", type=fraction, default=4 / 255, help="such as 4/255")
     parser.add_argument("--steps", type=int, help="attack steps; default: the attack's own")
@@ -40,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
         attack = AttackConfig(args.attack, args.epsilon, args.steps, args.step_size, seed=args.seed)
     elif args.save:
         raise InputError("--save writes the attacked image: choose an --attack.")
-    backbone = load_backbone(args.backbone, revision=args.revision, device=args.device)
-    pack = load_pack(args.pack, backbone) if args.pack else default_pack(backbone)
+    backbone, pack = model_of(args)
     result = compare(
         make_defender(backbone, pack, classes),
         image,

@@ -22,6 +22,7 @@ from tapt.errors import InputError, PackError
 from tapt.images import to_float
 from tapt.losses import Statistics, TokenStatistics
 from tapt.options import (
+    DownloadBar,
     add_backbone_options,
     add_tuning_options,
     tuning_config,
@@ -130,7 +131,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     state = start_processes(args.device)
     backbone = load_backbone(
-        args.backbone, revision=args.revision, device=args.device or state.device
+        args.backbone,
+        revision=args.revision,
+        device=args.device or state.device,
+        token=None,
+        progress=DownloadBar(),
     )
     adversarial = load_pack(args.adversarial, backbone, statistics=False)
     clean = load_pack(args.clean, backbone, statistics=False)

@@ -27,7 +27,7 @@ from tapt.backbone import Backbone, load_backbone
 from tapt.data import LabelledImages, in_memory, load_data
 from tapt.errors import InputError
 from tapt.images import to_float
-from tapt.options import add_backbone_options, fraction
+from tapt.options import DownloadBar, add_backbone_options, fraction
 from tapt.pack import Pack, base_model, save_pack
 from tapt.processes import start_processes
 from tapt.prompts import (
@@ -357,7 +357,11 @@ def run(args: argparse.Namespace) -> int:
     config = replace(config, shots=config.shots or None)
     state = start_processes(args.device)
     backbone = load_backbone(
-        args.backbone, revision=args.revision, device=args.device or state.device
+        args.backbone,
+        revision=args.revision,
+        device=args.device or state.device,
+        token=None,
+        progress=DownloadBar(),
     )
     prompt_config = PromptConfig(args.design, args.tokens, args.depth, args.text_depth)
     prompt_config.shapes(backbone)  # a wrong depth ends here, before the data is read

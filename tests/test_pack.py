@@ -292,7 +292,7 @@ def test_embedded_packs(toy: Backbone, folder: Path, tmp_path, monkeypatch: pyte
     assert embedded_packs("ViT-B-16") == []
     assert default_pack(tiny).name == "tiny/vli"
     assert load_pack("tiny/v", tiny).prompts.config.design == "VLI"
-    with pytest.raises(PackError, match="use tiny/v, tiny/vli or a folder"):
+    with pytest.raises(PackError, match="use tiny/v, tiny/vli, a folder, or a Hub id"):
         load_pack("tiny/vlj", tiny)
 
 

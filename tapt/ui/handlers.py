@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from tapt.attacks import ATTACKS
-from tapt.compare import Comparison, Progress, compare_steps
+from tapt.compare import Comparison, Progress, compare_steps, watched
 from tapt.defense import MAX_CLASSES, class_names
 from tapt.errors import TaptError
 from tapt.images import open_image, to_picture
@@ -77,10 +77,10 @@ class Handlers:
                 yield (gr.skip(),) * self.OUTPUTS
                 continue
             progress, result = step
-            if result.finished:
-                break
             bar = render.status(progress.phase, progress.done, progress.total)
-            answers = _answers(result)
+            answers = None if result is None else _answers(result)
+            if result is not None and result.finished:
+                break
             if answers == seen:
                 yield bar, *(gr.skip(),) * (self.OUTPUTS - 1)
             else:
@@ -91,15 +91,24 @@ class Handlers:
     @_endpoint
     def analyze(self, request: inputs.Request) -> Iterator[dict]:
         """The JSON object of `python -m tapt predict --json`, once all is there."""
+        result = None
         for step in with_heartbeat(self._work(request)):
-            if step is None or not step[1].finished:
-                yield gr.skip()
-        yield step[1].to_dict()
+            result = step[1] if step else result
+            yield gr.skip()
+        yield result.to_dict()
 
-    def _work(self, request: inputs.Request) -> Generator[tuple[Progress, Comparison], None, None]:
-        self.service.model(request.backbone, request.pack)  # loaded here, not in a fork
+    def _work(
+        self, request: inputs.Request
+    ) -> Generator[tuple[Progress, Comparison | None], None, None]:
+        yield from self._load(request.backbone, request.pack)  # here, not in a fork
         with closing(self._gpu_steps(request)) as steps:
             yield from steps
+
+    def _load(self, backbone: str, pack: str) -> Generator[tuple[Progress, None], None, Model]:
+        def load(report: Callable[[int, int], None]) -> Model:
+            return self.service.model(backbone, pack, report)
+
+        return (yield from watched("download", None, load))
 
     def _steps(self, request: inputs.Request) -> Generator[tuple[Progress, Comparison], None, None]:
         try:
@@ -163,23 +172,40 @@ class Handlers:
         except TaptError as error:
             gr.Warning(html.escape(str(error), quote=False))
         skipped = (gr.skip(),) * (len(inputs.FIELDS) - 1 - len(MODEL_FIELDS))
-        return open_image(known.EXAMPLES[0].path), *skipped, *self.choose("", "")
+        return (
+            open_image(known.EXAMPLES[0].path),
+            *skipped,
+            *self._model_values(self.service.model(), {}),
+        )
 
-    def choose(self, backbone: str, pack: str) -> tuple:
+    def choose(self, backbone: str, pack: str = "") -> Iterator[tuple]:
         """The fields of the defence for a backbone and a pack, with the pack's own settings, and
         the line about the model."""
+        backbone, pack = (inputs.read_text("Name", name) for name in (backbone, pack))
         try:
-            return self._model_values(self.service.model(backbone, pack), {})
+            for step in with_heartbeat(self._load(backbone, pack)):
+                at = step[0] if step else Progress("Loading the model", 0, 0)
+                bar = render.status(at.phase, at.done, at.total)
+                yield *(gr.skip(),) * len(MODEL_FIELDS), bar
+            yield self._model_values(self.service.model(backbone, pack), {})
         except TaptError as error:
             raise inputs.refusal(error) from error
+
+    def packs(self, backbone: str, pack: str) -> dict:
+        """The choices of the pack, those of the Hub among them."""
+        names = self.service.packs(backbone)
+        try:
+            names += self.service.hub_packs(backbone)
+        except TaptError as error:
+            gr.Info(html.escape(f"{error} Only the packs at hand are listed.", quote=False))
+        return gr.update(choices=list(dict.fromkeys([*names, pack])))
 
     def _model_values(self, model: Model, changed: Mapping[str, object]) -> tuple:
         own = model.pack.test_time.to_dict() | {"tune_steps": model.pack.test_time.steps}
         own |= {name: value for name, value in changed.items() if value is not None}
+        names = list(dict.fromkeys([*self.service.packs(model.backbone_name), model.pack_name]))
+        packs = gr.update(choices=names, value=model.pack_name)
         numbers = (own[name] for name in MODEL_FIELDS[2:])
-        packs = gr.update(
-            choices=list(self.service.packs(model.backbone_name)), value=model.pack_name
-        )
         return model.backbone_name, packs, *numbers, render.model_line(model)
 
     def preview(self, picture: Image.Image | None, backbone: str) -> str:

@@ -103,7 +103,7 @@ def build_page(service: Service) -> gr.Blocks:
         _wire_model(handlers, fields, reset, model_line)
         with examples:
             _examples([fields[name] for name in ("image", "class_names", "attack", "true_class")])
-        note.value = handlers.classes(known.TEN_KINDS, "", "", service.default_backbone)[0]
+        note.value = handlers.classes(known.TEN_KINDS, "", "", service.first.backbone_name)[0]
         # not the components' values, which would become the API's defaults
         link = gr.Textbox(visible=False)
         page.load(
@@ -208,13 +208,19 @@ def _attack_inputs(fields: dict) -> gr.HTML:
 def _defense_inputs(fields: dict, service: Service) -> gr.Button:
     with gr.Accordion("Defence", open=False, elem_id="defense"):
         fields["backbone"] = gr.Dropdown(
-            list(service.backbones), value=service.default_backbone, label="Backbone"
+            list(service.backbones),
+            value=service.first.backbone_name,
+            label="Backbone",
+            allow_custom_value=not service.on_space,
+            elem_id="backbone",
         )
         fields["pack"] = gr.Dropdown(
-            list(service.packs(service.default_backbone)),
+            service.packs(service.first.backbone_name),
             value=None,
             label="Prompts",
-            info="A pack that was trained for this backbone.",
+            info="A pack for this backbone: one from the list, or owner/repo of the Hub.",
+            allow_custom_value=True,
+            elem_id="pack",
         )
         with gr.Row():
             _number(fields, "views")
@@ -317,8 +323,17 @@ def _wire_model(handlers: Handlers, fields: dict, reset: gr.Button, line: gr.HTM
         "api_visibility": "private",
         **MODEL_QUEUE,
     }
-    backbone.input(lambda name: handlers.choose(name, ""), backbone, **common)
+    backbone.input(handlers.choose, backbone, **common)
     gr.on([pack.input, reset.click], handlers.choose, [backbone, pack], **common)
+    # asked only when somebody looks: the page itself needs no network
+    pack.focus(
+        handlers.packs,
+        [backbone, pack],
+        pack,
+        preprocess=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
 
 
 def _wire_run(handlers: Handlers, run, stop, inputs: list, outputs: list) -> None:

@@ -43,6 +43,7 @@ THREATS = {
 PHASES = {
     "vanilla CLIP": "Asking vanilla CLIP",
     "attack": "Attacking the picture",
+    "download": "Fetching the model",
     "TAPT on the clean image": "TAPT on the original image",
 }
 KNOWS = f"{', '.join(list(KINDS)[:-1])} and {list(KINDS)[-1]}"
@@ -62,6 +63,8 @@ def model_line(model: Model) -> str:
     size, name = model.backbone.image_size, model.backbone_name
     name = f"{name}, the embedded CLIP" if model.embedded else name
     line = f"Model: {name} ({size} × {size} pixels). Prompts: {model.pack_name}."
+    for what, origin in (("Backbone", model.backbone.origin), ("Pack", model.pack.origin)):
+        line += f" {what}: {origin}." if origin else ""
     warning = "" if model.pack.trained else _badge(f"TAPT: {UNTRAINED}")
     return f'<p class="t-small">{escape(line)}</p>{warning}'
 
@@ -128,6 +131,8 @@ def status(phase: str, done: int | None = None, total: int | None = None) -> str
         return f'<div class="t-status"><span>{text}…</span><progress></progress></div>'
     if phase == "attack" and total > 1:
         text += f": {done} of {total}"
+    if phase == "download":
+        text += f": {done / 1e6:.0f} of {total / 1e6:.0f} MB"
     return (
         f'<div class="t-status"><span>{text}</span>'
         f'<progress value="{done}" max="{total}"></progress></div>'

@@ -8,14 +8,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from tapt.backbone import OPENAI_NAMES, Backbone, load_backbone
+from tapt.backbone import OPENAI_NAMES, Backbone, is_public, load_backbone
 from tapt.defense import Defender, make_defender
 from tapt.errors import InputError
-from tapt.pack import Pack, embedded_packs, load_pack, untrained_pack
+from tapt.hub import Progress, Token, parse_id
+from tapt.pack import Pack, embedded_packs, hub_packs, load_model, load_pack, untrained_pack
 
 EMBEDDED_BACKBONE = "tiny"
 UNTRAINED_PACK = "untrained prompts"
 REMEMBERED_BACKBONES = 2
+REMEMBERED_PACKS = 4
 REMEMBERED_CLASS_LISTS = 8
 
 
@@ -38,61 +40,85 @@ class Service:
     """Loads models when they are asked for and keeps the last ones; safe to share between
     requests, since a loaded model never changes.
 
-    backbones: what the page offers; the first is the one it starts with.
-    pack: an embedded name or a folder for that first one; default its own, `vli` first, and
-        untrained prompts where it has none.
+    first: the model that the page starts with.
+    backbones: the others that the page offers.
+    on_space: a public page offers these alone; elsewhere any public backbone may be typed.
     """
 
     def __init__(
-        self, backbones: list[str], pack: str | None = None, device: str | None = None
+        self, first: tuple[Backbone, Pack], backbones: list[str], device: str | None, on_space: bool
     ) -> None:
-        self.backbones = {_visible(name): name for name in backbones}
-        self.default_backbone = _visible(backbones[0])
-        self._pack, self._device = pack, device
+        backbone, pack = first
+        embedded = not pack.trained or pack.origin or pack.name in embedded_packs(backbone.name)
+        self.first = Model(
+            backbone, pack, _visible(backbone.name), pack.name if embedded else Path(pack.name).name
+        )
+        names = dict.fromkeys((backbone.name, *backbones))
+        self.backbones = {_visible(name): name for name in names}
+        self.on_space = on_space
+        self._device, self._progress = device, None
         self._lock = threading.Lock()
-        self._backbone = lru_cache(REMEMBERED_BACKBONES)(self._load_backbone)
-        self._model = lru_cache(2 * REMEMBERED_BACKBONES)(self._load_model)
+        self._backbone = lru_cache(max(REMEMBERED_BACKBONES, on_space * len(names)))(self._load)
+        self._model = lru_cache(REMEMBERED_PACKS)(self._load_model)
         self._defender = lru_cache(REMEMBERED_CLASS_LISTS)(
             lambda model, classes: make_defender(model.backbone, model.pack, classes)
         )
 
-    def model(self, backbone: str = "", pack: str = "") -> Model:
-        """A loaded model; empty names stand for the page's own choice.
+    def model(self, backbone: str = "", pack: str = "", progress: Progress | None = None) -> Model:
+        """A loaded model; empty names stand for the page's own choice. What visitors ask for is
+        fetched without the server's token.
 
         Raises:
-            InputError, BackboneError, PackError: not offered here, missing, or not made for
-                each other.
+            TaptError: not offered here, missing, or not made for each other.
         """
+        backbone = backbone or self.first.backbone_name
+        pack = pack or next(iter(self.packs(backbone)))
+        if (backbone, pack) == (self.first.backbone_name, self.first.pack_name):
+            return self.first
         with self._lock:
-            return self._model(backbone or self.default_backbone, pack)
+            self._progress = progress
+            return self._model(backbone, pack)
 
     def defender(self, model: Model, classes: tuple[str, ...]) -> Defender:
         """The defender for a class list; its text features are computed once."""
         return self._defender(model, classes)
 
-    def packs(self, backbone: str) -> dict[str, str]:
-        """The packs that the page offers for a backbone, name to source, its default first."""
+    def packs(self, backbone: str) -> list[str]:
+        """The packs at hand for a backbone, its default first."""
         embedded = sorted(embedded_packs(backbone), key=lambda name: not name.endswith("/vli"))
-        own = [self._pack] if self._pack and backbone == self.default_backbone else []
-        packs = {(name if name in embedded else Path(name).name): name for name in own + embedded}
-        return {**packs, UNTRAINED_PACK: ""}
+        own = [self.first.pack_name] if backbone == self.first.backbone_name else []
+        return list(dict.fromkeys([*own, *embedded, UNTRAINED_PACK]))
 
-    def _load_backbone(self, name: str) -> Backbone:
-        return load_backbone(self.backbones[name], device=self._device)
+    def hub_packs(self, backbone: str) -> list[str]:
+        """The Hub's packs for a backbone.
 
-    def _load_model(self, backbone_name: str, pack_name: str) -> Model:
-        if backbone_name not in self.backbones:
+        Raises:
+            TaptError: the Hub cannot be asked, or the backbone not be loaded.
+        """
+        return hub_packs(self.model(backbone).backbone)
+
+    def _load(self, name: str) -> Backbone:
+        if name == self.first.backbone_name:
+            return self.first.backbone
+        if name not in self.backbones and (self.on_space or not is_public(name)):
             raise InputError(
-                f"This page offers the backbones {', '.join(self.backbones)}; "
-                f"got {backbone_name!r}."
+                f"This page offers the backbones {', '.join(self.backbones)}; got {name!r}."
             )
-        backbone, packs = self._backbone(backbone_name), self.packs(backbone_name)
-        pack_name = pack_name or next(iter(packs))
-        if pack_name not in packs:
-            raise InputError(f"This page offers the packs {', '.join(packs)}; got {pack_name!r}.")
-        source = packs[pack_name]
-        pack = load_pack(source, backbone) if source else untrained_pack(backbone)
-        return Model(backbone, pack, backbone_name, pack_name)
+        source = self.backbones.get(name, name)
+        return load_backbone(source, device=self._device, progress=self._progress)
+
+    def _load_model(self, backbone_name: str, name: str) -> Model:
+        backbone = self._backbone(backbone_name)
+        if name == UNTRAINED_PACK:
+            pack = untrained_pack(backbone)
+        elif name in embedded_packs(backbone_name) or (parse_id(name) and not Path(name).exists()):
+            pack = load_pack(name, backbone, progress=self._progress)
+        else:
+            raise InputError(
+                f"This page offers the packs {', '.join(self.packs(backbone_name))} and those of "
+                f"the Hub, as owner/repo; got {name!r}."
+            )
+        return Model(backbone, pack, backbone_name, name)
 
 
 def _visible(backbone: str) -> str:
@@ -101,18 +127,32 @@ def _visible(backbone: str) -> str:
     return f"{kind}:{Path(rest).name}" if kind == "local-dir" else backbone
 
 
-def load_service(backbone: str, pack: str | None = None, device: str | None = None) -> Service:
-    """A service with its first model loaded.
+def load_service(
+    backbone: str | None = None,
+    pack: str | None = None,
+    device: str | None = None,
+    *,
+    token: Token = False,
+    progress: Progress | None = None,
+) -> Service:
+    """A service with its first model loaded; on a Space all of its backbones.
 
-    backbone: one name, or several by commas. On a Space the page offers these alone, elsewhere
-        the embedded one and OpenAI's too.
+    backbone: one name, or several by commas; default the one that the pack names, and `tiny`
+        without a pack.
+    pack: an embedded name, a folder or a Hub id; default the backbone's embedded pack, `vli`
+        first, and untrained prompts where it has none.
 
     Raises:
-        BackboneError, PackError: unknown, malformed, or not made for each other.
+        BackboneError, PackError, HubError: unknown, malformed, or not made for each other.
     """
-    names = [name.strip() for name in backbone.split(",") if name.strip()] or [EMBEDDED_BACKBONE]
-    if "SPACE_ID" not in os.environ:
-        names += [EMBEDDED_BACKBONE, *OPENAI_NAMES]
-    service = Service(list(dict.fromkeys(names)), pack, device)
-    service.model()
+    names = [name.strip() for name in (backbone or "").split(",") if name.strip()]
+    first = load_model(
+        names[0] if names else None, pack, device=device, token=token, progress=progress
+    )
+    on_space = "SPACE_ID" in os.environ
+    others = names[1:] if on_space else [*names[1:], EMBEDDED_BACKBONE, *OPENAI_NAMES]
+    service = Service(first, others, device, on_space)
+    if on_space:  # ZeroGPU wants its models on the device before the first visitor comes
+        for name in service.backbones:
+            service.model(name)
     return service
