@@ -192,13 +192,13 @@ class Handlers:
             raise inputs.refusal(error) from error
 
     def packs(self, backbone: str, pack: str) -> dict:
-        """The choices of the pack, those of the Hub among them."""
-        names = self.service.packs(backbone)
+        """The choices of the pack, those of the Hub among them, and a word where it is silent."""
+        names, info = self.service.packs(backbone), render.PACK_INFO
         try:
             names += self.service.hub_packs(backbone)
         except TaptError as error:
-            gr.Info(html.escape(f"{error} Only the packs at hand are listed.", quote=False))
-        return gr.update(choices=list(dict.fromkeys([*names, pack])))
+            info = f"{error} Only the packs at hand are listed."
+        return gr.update(choices=list(dict.fromkeys([*names, pack])), info=info)
 
     def _model_values(self, model: Model, changed: Mapping[str, object]) -> tuple:
         own = model.pack.test_time.to_dict() | {"tune_steps": model.pack.test_time.steps}

@@ -218,7 +218,7 @@ def _defense_inputs(fields: dict, service: Service) -> gr.Button:
             service.packs(service.first.backbone_name),
             value=None,
             label="Prompts",
-            info="A pack for this backbone: one from the list, or owner/repo of the Hub.",
+            info=render.PACK_INFO,
             allow_custom_value=True,
             elem_id="pack",
         )

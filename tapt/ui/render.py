@@ -21,6 +21,7 @@ from tapt.ui.service import Model
 
 UNTRAINED = "untrained prompts, entropy only"
 TOP = 5
+PACK_INFO = "A pack for this backbone: one from the list, or owner/repo of the Hub."
 NO_LABEL = "CLIP's own answer to the original"
 NO_TARGET = "none: away from the true class"
 MODELS = {
