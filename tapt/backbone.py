@@ -117,15 +117,16 @@ class Backbone:
     @cached_property
     def _normalization(self) -> tuple[Tensor, Tensor]:
         cfg = self.visual.preprocess_cfg
+        exact = torch.promote_types(self.dtype, torch.float32)  # bfloat16 would blur the pixels
         return tuple(
-            torch.tensor(cfg[key], device=self.device, dtype=self.dtype)[:, None, None]
+            torch.tensor(cfg[key], device=self.device, dtype=exact)[:, None, None]
             for key in ("mean", "std")
         )
 
     def normalize(self, images: Tensor) -> Tensor:
         """[0, 1] pixels -> what the first convolution expects, (N, 3, H, W)."""
         mean, std = self._normalization
-        return (images.to(self.dtype) - mean) / std
+        return ((images.to(mean.dtype) - mean) / std).to(self.dtype)
 
     @cached_property
     def _resize_and_crop(self) -> Compose:

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from tapt.adaptive import DEPLOYED_THREATS, attack_deployed, check_threat
 from tapt.attacks import AttackConfig, attack_images, l2_norm, linf_255
 from tapt.defense import DEFENSES, THREATS, Defended, Defender
 from tapt.errors import Cancelled, InputError
@@ -120,11 +121,8 @@ def _with_attack(result: Comparison, clean: str, truth: str | None) -> str:
     if attacked is None:
         return f"CLIP answers {clean}; the attack is running."
     right = truth or clean
-    aimed = (
-        "The attack on the static prompts"
-        if result.settings["threat"] == "static"
-        else ("The attack")
-    )
+    seen = {"clip": "", "static": " on the static prompts"}
+    aimed = "The attack" + seen.get(result.settings["threat"], " on TAPT itself")
     if clean != right:
         start = f"CLIP was wrong before the attack: it answers {clean} where {right} is true"
         start += "." if attacked[0] == clean else f", and {attacked[0]} after it."
@@ -165,6 +163,7 @@ def compare_steps(
     target: str | None = None,
     config: TuneConfig | None = None,
     seed: int = 0,
+    draws: int = 4,
 ) -> Iterator[tuple[Progress, Comparison]]:
     """Runs the main job and yields (progress, results so far); the last pair is complete.
 
@@ -172,7 +171,9 @@ def compare_steps(
     steps of the attack or two passes of the tuning.
 
     image: any RGB picture; it is resized and cropped to the model's input.
-    threat: the model that the attack sees, `clip` or `static`.
+    threat: the model that the attack sees: `clip`, `static`, or the deployed TAPT, by queries
+        (`square`) or by gradients (`adaptive`).
+    draws: view sets per gradient under the threat `adaptive`.
     label: the true class; default vanilla CLIP's clean answer.
     target: the class that the attack moves towards; default away from the true class.
     seed: of the views and the attack's random start (`attack.seed` wins for the latter).
@@ -184,11 +185,16 @@ def compare_steps(
     for what, name in (("true class", label), ("target", target)):
         if name is not None and name not in defender.classes:
             raise InputError(f"The {what} {name!r} is not one of the class names.")
-    if threat not in THREATS:
-        raise InputError(f"threat must be one of {', '.join(THREATS)}, got {threat!r}.")
+    threats = (*THREATS, *DEPLOYED_THREATS)
+    if threat not in threats:
+        raise InputError(f"threat must be one of {', '.join(threats)}, got {threat!r}.")
+    if attack is not None:
+        check_threat(threat, attack)
     pixels = defender.backbone.preprocess(image)
     config = config or defender.pack.test_time
     settings = _settings(defender, attack, threat, target, config, seed)
+    if attack is not None and threat == "adaptive":
+        settings["draws"] = draws
     result = Comparison(defender.classes, settings, pixels)
     start = time.perf_counter()
 
@@ -211,13 +217,8 @@ def compare_steps(
         attacked = yield from watched(
             "attack",
             result,
-            lambda report: attack_images(
-                defender.classifier(threat),
-                pixels[None],
-                labels,
-                attack,
-                targets=targets,
-                on_progress=report,
+            lambda report: attack_under(
+                threat, defender, pixels[None], labels, targets, attack, config, draws, report
             ),
         )
         result.attacked = attacked[0]
@@ -245,6 +246,33 @@ def compare_steps(
     result.seconds["total"] = time.perf_counter() - start
     result.finished = True
     yield Progress("finished", 1, 1), result
+
+
+def attack_under(
+    threat: str,
+    defender: Defender,
+    pixels: Tensor,
+    labels: Tensor,
+    targets: Tensor | None,
+    attack: AttackConfig,
+    config: TuneConfig,
+    draws: int,
+    on_progress: Callable[[int, int], None],
+) -> Tensor:
+    """`attack_images` on a fixed model, or `attack_deployed` on TAPT."""
+    aims = {"targets": targets, "on_progress": on_progress}
+    if threat in THREATS:
+        return attack_images(defender.classifier(threat), pixels, labels, attack, **aims)
+    return attack_deployed(
+        defender,
+        "tapt",
+        pixels,
+        labels,
+        attack,
+        config=config,
+        draws=1 if threat == "square" else draws,
+        **aims,
+    )
 
 
 def compare(defender: Defender, image: Image.Image, **options: object) -> Comparison:

@@ -1,11 +1,11 @@
-"""Labelled images from a folder or zip of class folders, or from torchvision."""
+"""Labelled images from a folder or zip of class folders, or from a benchmark set."""
 
 from __future__ import annotations
 
 import io
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 import torch
@@ -15,7 +15,6 @@ from torch import Tensor
 from tapt.errors import DataError
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
-TORCHVISION_SETS = ("CIFAR10", "CIFAR100")
 
 
 @dataclass(frozen=True)
@@ -25,11 +24,15 @@ class LabelledImages:
     classes: class names, in the order of the labels.
     labels: one index into `classes` per image.
     read: opens image `i`.
+    name: of the set.
+    template: class sentence for vanilla CLIP and V, where the set has one of its own.
     """
 
     classes: tuple[str, ...]
     labels: tuple[int, ...]
     read: Callable[[int], Image.Image]
+    name: str = ""
+    template: str | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,9 +43,8 @@ class LabelledImages:
     def subset(self, indices: list[int]) -> LabelledImages:
         """The images at `indices`, in that order."""
         read = self.read
-        return LabelledImages(
-            self.classes, tuple(self.labels[i] for i in indices), lambda i: read(indices[i])
-        )
+        labels = tuple(self.labels[i] for i in indices)
+        return replace(self, labels=labels, read=lambda i: read(indices[i]))
 
     def balanced(self, limit: int, seed: int = 0) -> LabelledImages:
         """A seeded subset of `limit` images whose class counts differ by one at most (as far as
@@ -65,17 +67,26 @@ def balanced_indices(labels: tuple[int, ...], classes: int, limit: int, seed: in
     return sorted(i for _, i in ranked[:limit])
 
 
-def load_data(source: str) -> LabelledImages:
+def load_data(source: str, split: str = "test") -> LabelledImages:
     """Opens a data set.
 
-    source: a folder of class folders, a zip of class folders, or `torchvision:NAME[:ROOT]`.
+    source: a folder or a zip of class folders; `NAME:FOLDER` for class folders of a benchmark set
+        (`UCF101:frames`); `torchvision:NAME[:ROOT]`; or a split file `split_zhou_*.json`.
+    split: `test` or `train`, where the set has both.
 
     Raises:
-        DataError: the source is missing or has no class folders with images.
+        DataError: the source is missing or is not laid out as expected.
     """
+    from tapt import datasets  # builds on this module
+
     if source.startswith("torchvision:"):
-        return _from_torchvision(source)
+        return datasets.from_torchvision(source, split)
+    name, _, folder = source.partition(":")
+    if folder and name in datasets.benchmarks():
+        return datasets.renamed(load_data(folder), name)
     path = Path(source).expanduser()
+    if path.suffix == ".json" and path.is_file():
+        return datasets.from_split_file(path, split)
     if path.is_dir():
         files = [p.relative_to(path) for p in path.glob("*/*")]
         return _from_class_folders(files, lambda f: (path / f).read_bytes(), source)
@@ -94,28 +105,24 @@ def _from_class_folders(files, read_bytes: Callable, source: str) -> LabelledIma
     classes = sorted({f.parent.name for f in files})
     index = {name: i for i, name in enumerate(classes)}
 
-    def read(i: int) -> Image.Image:
-        try:
-            return Image.open(io.BytesIO(read_bytes(files[i]))).convert("RGB")
-        except (UnidentifiedImageError, OSError) as error:
-            raise DataError(f"{files[i]} in {source!r} is not a readable image.") from error
-
-    return LabelledImages(tuple(classes), tuple(index[f.parent.name] for f in files), read)
-
-
-def _from_torchvision(source: str) -> LabelledImages:
-    from torchvision import datasets
-
-    _, name, *root = source.split(":", 2)
-    if name not in TORCHVISION_SETS:
-        raise DataError(f"torchvision set {name!r} is not one of {', '.join(TORCHVISION_SETS)}.")
-    try:
-        data = getattr(datasets, name)(root[0] if root else "data", train=False)
-    except RuntimeError as error:
-        raise DataError(f"torchvision set {name} is not complete under its root.") from error
     return LabelledImages(
-        tuple(data.classes), tuple(int(t) for t in data.targets), lambda i: data[i][0]
+        tuple(classes),
+        tuple(index[f.parent.name] for f in files),
+        lambda i: open_rgb(lambda: read_bytes(files[i]), f"{files[i]} in {source!r}"),
+        Path(source).stem,
     )
+
+
+def open_rgb(read_bytes: Callable[[], bytes], name: str) -> Image.Image:
+    """Decodes an image file.
+
+    Raises:
+        DataError: `name` cannot be read or is not an image.
+    """
+    try:
+        return Image.open(io.BytesIO(read_bytes())).convert("RGB")
+    except (UnidentifiedImageError, OSError) as error:
+        raise DataError(f"{name} is not a readable image.") from error
 
 
 def in_memory(data: LabelledImages, preprocess: Callable[[Image.Image], Tensor]) -> Tensor:

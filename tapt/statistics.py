@@ -141,7 +141,7 @@ def run(args: argparse.Namespace) -> int:
     clean = load_pack(args.clean, backbone, statistics=False)
     if clean.prompts.config != adversarial.prompts.config:
         raise PackError("The adversarial and the clean prompts have different designs or shapes.")
-    data = load_data(args.data)
+    data = load_data(args.data, "train")
     if args.limit is not None:
         data = data.balanced(args.limit, args.seed)
     images = in_memory(data, backbone.preprocess)

@@ -365,7 +365,7 @@ def run(args: argparse.Namespace) -> int:
     )
     prompt_config = PromptConfig(args.design, args.tokens, args.depth, args.text_depth)
     prompt_config.shapes(backbone)  # a wrong depth ends here, before the data is read
-    data = load_training_data(load_data(args.data), backbone, config)
+    data = load_training_data(load_data(args.data, "train"), backbone, config)
     trainer = Trainer(backbone, prompt_config, data, config)
     args.out.mkdir(parents=True, exist_ok=True)
     checkpoint = args.out / CHECKPOINT

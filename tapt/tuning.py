@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -154,9 +154,14 @@ def tune(
     config: TuneConfig | None = None,
     after: bool = False,
     select_first: bool = True,
+    smooth: bool = False,
+    coarse: Backbone | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tuned:
     """Tunes prompts for each image and predicts its view 0 with them.
+
+    Where `views` require gradients, the logits carry them: to view 0 under the tuned prompts held
+    constant (BPDA), or, when `smooth`, to all kept views through the step.
 
     prompts: the start, the same for every image; they are not changed.
     views: (M, V, 3, S, S) in [0, 1]; view 0 is the image itself.
@@ -165,6 +170,9 @@ def tune(
     after: also compute the loss terms after the step (one more pass over the kept views).
     select_first: select without gradients, then pass the kept views once more with them. False
         keeps the gradients of all views: same results, several times the time and memory.
+    smooth: for attackers, a surrogate of the step that gradients pass through: plain gradient
+        descent, as long as AdamW's step, with its graph kept.
+    coarse: the same backbone in bfloat16, for the selection.
     on_progress: called with (views or passes done, total); may raise to stop.
     """
     config = config or TuneConfig()
@@ -194,7 +202,9 @@ def tune(
     with clock("select"):
         graph = None
         if select_first:
-            all_logits = _logits_in_chunks(backbone, prompts, views, text_features, advance)
+            all_logits = view_logits(
+                backbone, prompts, views, text_features, coarse=coarse, advance=advance
+            )
         else:
             with torch.enable_grad():
                 graph = _forward(backbone, tuned, views, text_features, blocks)
@@ -203,6 +213,8 @@ def tune(
         entropies = entropy(all_logits)
         kept = select_views(entropies, config.keep)
         kept_views = views[torch.arange(images, device=views.device)[:, None], kept]
+        if not smooth:
+            kept_views = kept_views.detach()
 
     optimizer = torch.optim.AdamW(
         list(tuned.tensors.values()),
@@ -225,20 +237,26 @@ def tune(
                 before, observed = _detached(losses), seen
             if config.steps > 0:
                 gradients = torch.autograd.grad(
-                    losses.total.sum(), list(tuned.tensors.values()), allow_unused=True
+                    losses.total.sum(),
+                    list(tuned.tensors.values()),
+                    allow_unused=True,
+                    create_graph=smooth,
                 )
-                for tensor, gradient in zip(tuned.tensors.values(), gradients, strict=True):
-                    tensor.grad = gradient
-                with torch.device("cpu"):  # AdamW makes its step counter on the default device
-                    optimizer.step()
+                if smooth:
+                    tuned = _descended(tuned, gradients, config)
+                else:
+                    _assign(tuned, gradients)
+                    with torch.device("cpu"):  # AdamW makes its counter on the default device
+                        optimizer.step()
         graph = None
         advance(images * kept_count)
 
-    tuned = tuned.map(lambda t: t.detach())
+    if not smooth:
+        tuned = tuned.map(lambda t: t.detach())
+    with torch.set_grad_enabled(views.requires_grad), clock("predict"):
+        text_features = texts.features(backbone, tuned)
+        first, _ = _forward(backbone, tuned, views[:, :1], text_features, ())
     with torch.no_grad():
-        with clock("predict"):
-            text_features = texts.features(backbone, tuned)
-            first, _ = _forward(backbone, tuned, views[:, :1], text_features, ())
         final = None
         if after:
             with clock("after"):
@@ -265,20 +283,61 @@ def _keep(graph: tuple[Tensor, list[Tensor]], kept: Tensor, count: int):
     return logits[rows, kept], [tap[flat] for tap in taps]
 
 
+def _assign(prompts: Prompts, gradients: Sequence[Tensor | None]) -> None:
+    for tensor, gradient in zip(prompts.tensors.values(), gradients, strict=True):
+        tensor.grad = gradient
+
+
+def _descended(prompts: Prompts, gradients: Sequence[Tensor | None], config: TuneConfig) -> Prompts:
+    """One differentiable step of gradient descent; each tensor of each image moves by lr on
+    average, as AdamW's first step does."""
+
+    def step(tensor: Tensor, gradient: Tensor | None) -> Tensor:
+        if gradient is None:
+            return tensor
+        size = gradient.abs().flatten(1).mean(1).clamp(min=1e-30)
+        size = size.view(-1, *[1] * (gradient.ndim - 1))
+        return tensor * (1 - config.lr * config.weight_decay) - config.lr * gradient / size
+
+    pairs = zip(prompts.tensors.items(), gradients, strict=True)
+    return Prompts(prompts.config, {name: step(t, g) for (name, t), g in pairs})
+
+
 @torch.no_grad()
-def _logits_in_chunks(backbone, prompts: Prompts, views: Tensor, text_features, advance) -> Tensor:
-    """Logits of all views under shared prompts, (M, V, C), in passes of bounded memory."""
+def view_logits(
+    backbone: Backbone,
+    prompts: Prompts,
+    views: Tensor,
+    text_features: Tensor,
+    *,
+    coarse: Backbone | None = None,
+    advance: Callable[[int], None] = lambda done: None,
+) -> Tensor:
+    """Logits of all views under shared prompts, (M, V, C), in passes of bounded memory.
+
+    coarse: the same backbone in bfloat16; it encodes the views.
+    """
     images, count = views.shape[:2]
+    tower = coarse or backbone
     text_features = text_features.detach()
     if text_features.ndim == 3:  # every image starts from the same prompts
         text_features = text_features[0]
-    visual = prompts.visual().detach()
+    visual = prompts.visual().detach().to(tower.dtype)
     rows = []
     for chunk in views.flatten(0, 1).split(views_per_pass(backbone)):
-        features, _ = encode_image(backbone, chunk, visual)
-        rows.append(image_logits(backbone, features, text_features))
+        features, _ = encode_image(tower, chunk, visual)
+        rows.append(image_logits(backbone, features.to(text_features.dtype), text_features))
         advance(len(chunk))
     return torch.cat(rows).view(images, count, -1)
+
+
+def images_per_pass(backbone: Backbone, config: TuneConfig, texts: ClassTexts) -> int:
+    """Images that are tuned at once: about 8,000 tokens with gradients, the class sentences
+    counted where every image has text prompts of its own."""
+    tokens = kept_views_count(config.views, config.keep) * backbone.image_tokens
+    if texts.fixed is None:
+        tokens += texts.tokens.numel()
+    return max(1, 8192 // tokens)
 
 
 def views_per_pass(backbone: Backbone) -> int:
