@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import inspect
+import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import fields, is_dataclass, replace
@@ -13,15 +14,17 @@ import gradio as gr
 from PIL import Image
 from torch import Tensor
 
+from tapt.adaptive import attack_seconds
 from tapt.attacks import ATTACKS
 from tapt.compare import Comparison, Progress, compare_steps, watched
-from tapt.defense import MAX_CLASSES, class_names
+from tapt.defense import MAX_CLASSES, THREATS, class_names
 from tapt.errors import TaptError
 from tapt.images import open_image, to_picture
 from tapt.ui import details, inputs, known, links, on_gpu, render
 from tapt.ui.background import with_heartbeat
 from tapt.ui.service import EMBEDDED_BACKBONE, Model, Service
 
+DRAWS = 4  # view sets per gradient of an adaptive attack
 BROKEN = "This run failed on the server, for a reason that its log names. Please try again."
 MODEL_FIELDS = ("backbone", "pack", "views", "keep", "tune_steps", "lr", "alpha")
 
@@ -62,7 +65,7 @@ class Handlers:
     def __init__(self, service: Service, uploads: str) -> None:
         self.service = service
         self.uploads = uploads
-        self._gpu_steps = on_gpu(self._steps)
+        self._gpu_steps, self._gpu_estimate = on_gpu(self._steps), on_gpu(self._estimate)
 
     @_endpoint
     def compare(self, request: inputs.Request) -> Iterator[tuple]:
@@ -71,13 +74,15 @@ class Handlers:
         Only changed values are sent in between; the last yield carries every one.
         """
         yield render.status("Reading the class names"), "", "", None, "", "", "", None
-        seen = None
+        seen, phase, began = None, "", 0.0
         for step in with_heartbeat(self._work(request)):
             if step is None:
                 yield (gr.skip(),) * self.OUTPUTS
                 continue
             progress, result = step
-            bar = render.status(progress.phase, progress.done, progress.total)
+            if progress.phase != phase:
+                phase, began = progress.phase, time.monotonic()
+            bar = render.status(phase, progress.done, progress.total, time.monotonic() - began)
             answers = None if result is None else _answers(result)
             if result is not None and result.finished:
                 break
@@ -120,6 +125,7 @@ class Handlers:
                 threat=request.threat,
                 label=request.label,
                 target=request.target,
+                draws=DRAWS,
                 config=model.pack.test_time.updated(**request.changes),
                 seed=request.seed,
             )
@@ -241,6 +247,28 @@ class Handlers:
             row is not None and row.targeted,
         )
         return render.attack_note(row, threat), *(gr.update(visible=on) for on in shown)
+
+    def estimate(self, *values: object) -> str:
+        """How long an attack on the deployed TAPT will take; nothing for the other attacks."""
+        try:
+            raw = dict(zip(inputs.FIELDS, values, strict=True))
+            request = inputs.read_request(raw, self.uploads)
+            if request.attack is None or request.threat in THREATS:
+                return ""
+            self.service.model(request.backbone, request.pack)  # loaded here, not in a fork
+            return render.estimate(*self._gpu_estimate(request))
+        except (TaptError, gr.Error):
+            return ""  # Run says what is wrong
+
+    def _estimate(self, request: inputs.Request) -> Generator[float, None, None]:
+        model = self.service.model(request.backbone, request.pack)
+        yield attack_seconds(
+            self.service.defender(model, request.classes),
+            "tapt",
+            request.attack,
+            config=model.pack.test_time.updated(**request.changes),
+            draws=1 if request.threat == "square" else DRAWS,
+        )
 
 
 def _snapshot(value: Any) -> Any:

@@ -17,6 +17,7 @@ from gradio.data_classes import ImageData
 from PIL import Image
 from pydantic import ValidationError
 
+from tapt.adaptive import DEPLOYED_THREATS
 from tapt.attacks import ATTACKS, AttackConfig
 from tapt.defense import THREATS, parse_classes
 from tapt.errors import InputError
@@ -78,6 +79,7 @@ FIELDS = (
     "lr",
     "alpha",
 )
+ALL_THREATS = (*THREATS, *DEPLOYED_THREATS)
 TEXTS = {"class_names": "Class names", "true_class": "True class", "target": "Target"}
 
 
@@ -148,12 +150,15 @@ def read_request(values: Mapping[str, object], uploads: str) -> Request:
     classes = tuple(parse_classes(texts["class_names"]))
     numbers = {name: read_number(name, values.get(name)) for name in NUMBERS}
     attack = _attack(read_choice("Attack", values.get("attack"), ("none", *ATTACKS)), numbers)
+    threat = read_choice("The attacked model", values.get("threat"), ALL_THREATS)
+    if threat == "adaptive" and attack is not None and attack.name == "square":
+        threat = "square"  # queries need no gradients to be adaptive
     names = ("views", "keep", "lr", "alpha")
     return Request(
         picture,
         classes,
         attack,
-        read_choice("The attacked model", values.get("threat"), THREATS),
+        threat,
         read_class("true class", texts["true_class"], classes),
         None if attack is None else read_class("target", texts["target"], classes),
         numbers["seed"],

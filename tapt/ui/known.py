@@ -3,13 +3,11 @@ class names of data sets, and the examples."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-import open_clip
+from tapt.datasets import benchmarks
 
 KINDS = {
     "airplane": ("plane", "aeroplane", "jet", "aircraft", "airliner", "jumbo jet"),
@@ -44,13 +42,10 @@ TEN_KINDS = ", ".join(KINDS)
 OWN_PRESET = "The embedded model's ten kinds"
 
 
-@cache
 def presets() -> dict[str, str]:
     """Class names by data set, as text for the page."""
-    path = Path(__file__).parents[1] / "classnames.json"
-    sets = {k: v["classes"] for k, v in json.loads(path.read_text(encoding="utf-8")).items()}
-    sets = {"ImageNet-1k": open_clip.IMAGENET_CLASSNAMES, **sets}
-    return {OWN_PRESET: TEN_KINDS, **{name: "\n".join(names) for name, names in sets.items()}}
+    sets = {name: "\n".join(benchmark.classes) for name, benchmark in benchmarks().items()}
+    return {OWN_PRESET: TEN_KINDS, **sets}
 
 
 class Example(NamedTuple):

@@ -13,7 +13,7 @@ from tapt.defense import THREATS
 from tapt.images import open_image
 from tapt.ui import known, render
 from tapt.ui.handlers import MODEL_FIELDS, Handlers
-from tapt.ui.inputs import FIELDS, MAX_BYTES, NUMBERS, PictureInput
+from tapt.ui.inputs import ALL_THREATS, FIELDS, MAX_BYTES, NUMBERS, PictureInput
 from tapt.ui.service import Service
 
 FOLDER = Path(__file__).parent
@@ -23,7 +23,8 @@ QUIET = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
 API_INPUTS = f"""
 image: the picture. class_names: one per line or separated by commas, two at least.
 attack: {", ".join(("none", *ATTACKS))}. epsilon: L-inf radius in 1/255, a whole number from 0 (no
-attack) to {NUMBERS["epsilon"].high}. threat: the attacked model, {" or ".join(THREATS)}.
+attack) to {NUMBERS["epsilon"].high}. threat: the attacked model, {", ".join(ALL_THREATS)}
+(the latter two: the deployed TAPT, by queries of the attack square or by gradients).
 true_class: one of the class names, or empty for vanilla CLIP's own clean answer. steps: of the
 attack, 0 for its own number. step_size: in 1/255, 0 for automatic. target: a class name to move
 towards, or empty. seed: of views and attack. backbone, pack: names that the page offers.
@@ -86,7 +87,7 @@ def build_page(service: Service) -> gr.Blocks:
                 preview = _picture_inputs(fields)
                 examples = gr.Column(elem_id="examples")
                 preset, note = _class_inputs(fields)
-                attack_note = _attack_inputs(fields)
+                attack_notes = _attack_inputs(fields)
                 reset = _defense_inputs(fields, service)
             with gr.Column(scale=3, min_width=300, elem_id="results"):
                 with gr.Row(elem_id="actions"):
@@ -99,7 +100,7 @@ def build_page(service: Service) -> gr.Blocks:
         _wire_analyze(handlers, inputs)
         _wire_picture(handlers, fields, preview)
         _wire_classes(handlers, fields, preset, note)
-        _wire_attack(handlers, fields, attack_note)
+        _wire_attack(handlers, fields, *attack_notes)
         _wire_model(handlers, fields, reset, model_line)
         with examples:
             _examples([fields[name] for name in ("image", "class_names", "attack", "true_class")])
@@ -161,7 +162,7 @@ def _class_inputs(fields: dict) -> tuple[gr.Dropdown, gr.HTML]:
     return preset, note
 
 
-def _attack_inputs(fields: dict) -> gr.HTML:
+def _attack_inputs(fields: dict) -> tuple[gr.HTML, gr.HTML]:
     with gr.Group():
         fields["attack"] = gr.Dropdown(
             [("none", "none"), *((row.title, name) for name, row in ATTACKS.items())],
@@ -180,7 +181,7 @@ def _attack_inputs(fields: dict) -> gr.HTML:
             elem_id="epsilon",
         )
         fields["threat"] = gr.Radio(
-            [(render.THREATS[name][0], name) for name in THREATS],
+            [(render.THREATS[name][0], name) for name in (*THREATS, "adaptive")],
             value=THREATS[0],
             label="The attack sees",
             elem_id="threat",
@@ -190,6 +191,7 @@ def _attack_inputs(fields: dict) -> gr.HTML:
             apply_default_css=False,
             elem_id="attack-note",
         )
+        estimate = gr.HTML(apply_default_css=False, elem_id="estimate")
     with gr.Accordion("More about the attack", open=False, elem_id="more-attack"):
         with gr.Row():
             _number(fields, "steps")
@@ -202,7 +204,7 @@ def _attack_inputs(fields: dict) -> gr.HTML:
             elem_id="target",
         )
         _number(fields, "seed")
-    return note
+    return note, estimate
 
 
 def _defense_inputs(fields: dict, service: Service) -> gr.Button:
@@ -307,11 +309,21 @@ def _wire_classes(handlers: Handlers, fields: dict, preset: gr.Dropdown, note: g
     )
 
 
-def _wire_attack(handlers: Handlers, fields: dict, note: gr.HTML) -> None:
+def _wire_attack(handlers: Handlers, fields: dict, note: gr.HTML, estimate: gr.HTML) -> None:
     inputs = [fields["attack"], fields["threat"]]
     shown = [note, *(fields[name] for name in ("epsilon", "threat", "step_size", "target"))]
     changes = [field.change for field in inputs]
     gr.on(changes, handlers.attack, inputs, shown, trigger_mode="always_last", **QUIET)
+    gr.on(
+        [*changes, *(fields[name].change for name in ("steps", "views", "keep", "tune_steps"))],
+        handlers.estimate,
+        [fields[name] for name in FIELDS],
+        estimate,
+        trigger_mode="always_last",
+        show_progress="hidden",
+        api_visibility="private",
+        **MODEL_QUEUE,
+    )
 
 
 def _wire_model(handlers: Handlers, fields: dict, reset: gr.Button, line: gr.HTML) -> None:

@@ -30,15 +30,28 @@ MODELS = {
     "ensemble": ("Untuned view ensemble", "the kept views under the static prompts, no step"),
     "tapt": ("TAPT", "prompts tuned for this one picture"),
 }
+# per attacked model its name, what the attack then is, and a line for the person who chooses
 THREATS = {
     "clip": (
         "vanilla CLIP",
+        "white-box",
         "White-box on CLIP without prompts; the other rows then face a transferred attack.",
     ),
     "static": (
         "static prompts",
+        "white-box",
         "White-box on the prompts before the test-time step, as in the paper's own protocol; for "
         "TAPT still a transferred attack.",
+    ),
+    "adaptive": (
+        "deployed TAPT",
+        "adaptive: through the test-time step, over fresh views",
+        "Adaptive: every step of the attack runs the whole defence on fresh views. Slow.",
+    ),
+    "square": (
+        "deployed TAPT",
+        "black-box: by its answers alone",
+        "Black-box: every query runs the whole defence on fresh views. Slow.",
     ),
 }
 PHASES = {
@@ -102,7 +115,7 @@ def attack_note(row: Attack | None, threat: str) -> str:
         f"<strong>{row.title}:</strong> {escape(row.about)} ({row.steps} {row.unit} by default.)"
     )
     if threat in THREATS:
-        title, about = THREATS[threat]
+        title, _, about = THREATS[threat]
         lines += f"<br><strong>It sees {title}.</strong> {escape(about)}"
     return f'<p class="t-small">{lines}</p>'
 
@@ -125,8 +138,23 @@ def preview(picture: Image.Image) -> str:
 enlarged.</figcaption></figure>"""
 
 
-def status(phase: str, done: int | None = None, total: int | None = None) -> str:
-    """A progress bar; without numbers it only says that something runs."""
+def estimate(seconds: float) -> str:
+    """How long an attack on the deployed defence will take."""
+    time = _duration(seconds)
+    return f'<p class="t-small">On this computer it takes <strong>about {time}</strong>.</p>'
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} minutes"
+
+
+def status(
+    phase: str, done: int | None = None, total: int | None = None, seconds: float = 0.0
+) -> str:
+    """A progress bar; without numbers it only says that something runs.
+
+    seconds: since the phase began; with some done, they tell how long the rest will take.
+    """
     text = escape(PHASES.get(phase, phase))
     if done is None or not total:
         return f'<div class="t-status"><span>{text}…</span><progress></progress></div>'
@@ -134,6 +162,8 @@ def status(phase: str, done: int | None = None, total: int | None = None) -> str
         text += f": {done} of {total}"
     if phase == "download":
         text += f": {done / 1e6:.0f} of {total / 1e6:.0f} MB"
+    if done and (left := seconds / done * (total - done)) > 5:
+        text += f", about {_duration(left)} left"
     return (
         f'<div class="t-status"><span>{text}</span>'
         f'<progress value="{done}" max="{total}"></progress></div>'
@@ -253,6 +283,7 @@ def _attack_facts(result: Comparison) -> list[tuple[str, str]]:
     row = ATTACKS[attack["name"]]
     towards = f", towards {_cut(settings['target'])}" if settings["target"] else ""
     note = f" ({UNTRAINED})" if settings["threat"] == "static" and not settings["trained"] else ""
+    name, how, _ = THREATS[settings["threat"]]
     measured = "not yet"
     if result.attacked is not None:
         measured = f"L∞ {result.linf_255}/255, L2 {result.l2:.2f}"
@@ -260,8 +291,8 @@ def _attack_facts(result: Comparison) -> list[tuple[str, str]]:
         ("Attack", f"{row.title}, {attack['steps']} {row.unit}{towards}"),
         ("Epsilon", f"{settings['epsilon_255']}/255" if row.norm == "Linf" else "none: L2 attack"),
         ("Measured", measured),
-        ("Attacked model", f"{THREATS[settings['threat']][0]}{note}, white-box"),
-        ("For TAPT", "a transfer attack: it gets the same image"),
+        ("Attacked model", f"{name}{note}, {how}"),
+        ("For the other rows", "a transfer attack: they get the same image"),
     ]
 
 
