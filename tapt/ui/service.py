@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tapt.backbone import OPENAI_NAMES, Backbone, is_public, load_backbone
 from tapt.defense import Defender, make_defender
-from tapt.errors import InputError
+from tapt.errors import InputError, PackError
 from tapt.hub import Progress, Token, parse_id
 from tapt.pack import Pack, embedded_packs, hub_packs, load_model, load_pack, untrained_pack
 
@@ -110,14 +110,18 @@ class Service:
     def _load_model(self, backbone_name: str, name: str) -> Model:
         backbone = self._backbone(backbone_name)
         if name == UNTRAINED_PACK:
-            pack = untrained_pack(backbone)
-        elif name in embedded_packs(backbone_name) or (parse_id(name) and not Path(name).exists()):
-            pack = load_pack(name, backbone, progress=self._progress)
-        else:
+            return Model(backbone, untrained_pack(backbone), backbone_name, name)
+        if name not in embedded_packs(backbone_name) and (
+            parse_id(name) is None or Path(name).exists()
+        ):
             raise InputError(
                 f"This page offers the packs {', '.join(self.packs(backbone_name))} and those of "
                 f"the Hub, as owner/repo; got {name!r}."
             )
+        try:
+            pack = load_pack(name, backbone, progress=self._progress)
+        except PackError as error:  # no folders of the server
+            raise PackError(str(error).replace(backbone.name, backbone_name)) from error
         return Model(backbone, pack, backbone_name, name)
 
 
