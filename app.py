@@ -79,6 +79,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             server_port=args.port,
             prevent_thread_lock=True,
             mcp_server=args.mcp,
+            show_error=args.mcp,  # an agent, too, gets the sentences that the page shows
             **launch_options(),
         )
     except OSError:

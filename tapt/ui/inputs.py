@@ -89,7 +89,9 @@ def refusal(error: Exception | str) -> gr.Error:
     return gr.Error(html.escape(str(error), quote=False), print_exception=False)
 
 
-class _PictureData(ImageData):
+class PictureData(ImageData):
+    """What a request sends as a picture; anything else is refused in a sentence."""
+
     @classmethod
     def model_validate(cls, value: object, **options: object) -> ImageData:
         try:
@@ -102,7 +104,7 @@ class PictureInput(gr.Image):
     """An image input that reads uploads and nothing else; handlers get RGB pictures."""
 
     is_template = True  # the browser shows it as a plain Image
-    data_model = _PictureData
+    data_model = PictureData
 
     def preprocess(self, payload: ImageData | None) -> Image.Image | None:
         try:
@@ -142,7 +144,7 @@ def read_request(values: Mapping[str, object], uploads: str) -> Request:
         InputError: a value has the wrong type, is out of range or does not fit the others.
     """
     image = values.get("image")
-    payload = None if image is None else _PictureData.model_validate(image)
+    payload = None if image is None else PictureData.model_validate(image)
     picture = read_picture(payload, uploads)
     if picture is None:
         raise InputError("Choose a picture first: upload one, paste one or pick an example.")

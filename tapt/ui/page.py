@@ -157,6 +157,7 @@ def _class_inputs(fields: dict) -> tuple[gr.Dropdown, gr.HTML]:
         value="",
         label="True class",
         info="What counts as right.",
+        allow_custom_value=True,  # the choices follow the class names
         elem_id="true-class",
     )
     return preset, note
@@ -201,6 +202,7 @@ def _attack_inputs(fields: dict) -> tuple[gr.HTML, gr.HTML]:
             value="",
             label="Target",
             info="A class that the attack moves towards.",
+            allow_custom_value=True,
             elem_id="target",
         )
         _number(fields, "seed")
