@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -122,6 +123,10 @@ class Backbone:
             torch.tensor(cfg[key], device=self.device, dtype=exact)[:, None, None]
             for key in ("mean", "std")
         )
+
+    def in_bfloat16(self) -> Backbone:
+        """A copy with bfloat16 weights, for passes without gradients."""
+        return replace(self, model=deepcopy(self.model).to(torch.bfloat16))
 
     def normalize(self, images: Tensor) -> Tensor:
         """[0, 1] pixels -> what the first convolution expects, (N, 3, H, W)."""
@@ -241,8 +246,11 @@ def load_backbone(
 
 def is_public(name: str) -> bool:
     """Whether a backbone comes from the Hub, with open_clip or with the project; not a folder."""
-    kind = name.partition(":")[0]
-    return name == "tiny" or kind == "hf-hub" or kind in open_clip.list_models()
+    kind, _, rest = name.partition(":")
+    if kind == "hf-hub":
+        where = parse_id(rest)
+        return where is not None and not where.subfolder
+    return name == "tiny" or kind in open_clip.list_models()
 
 
 def hub_repo(name: str) -> str | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from huggingface_hub import EvalResult, ModelCardData
 
 from tapt.backbone import hub_repo
+from tapt.report import attack_name, epsilon_name
 
 if TYPE_CHECKING:
     from tapt.pack import Pack
@@ -79,7 +80,8 @@ def model_card(pack: Pack, name: str, *, picture: bool = False) -> str:
 
 def _eval_results(row: dict) -> list[EvalResult]:
     dataset = row.get("dataset", "unknown")
-    attack = f"{row['attack']} {row['epsilon_255']}/255 on {row['threat']}"
+    attack = f"{row['attack']} {epsilon_name(row)} on {row['threat']}"
+    epsilon = row["epsilon_255"]
     common = {
         "task_type": "zero-shot-image-classification",
         "dataset_type": dataset.lower(),
@@ -99,7 +101,7 @@ def _eval_results(row: dict) -> list[EvalResult]:
             metric_value=row["accuracy"],
             metric_args={
                 "attack": row["attack"],
-                "eps": row["epsilon_255"] / 255,
+                "eps": None if epsilon is None else epsilon / 255,
                 "steps": row["steps"],
             },
             **common,
@@ -118,7 +120,7 @@ def _table(rows: list[dict]) -> list[str]:
         low, high = row["ci95"]
         lines.append(
             f"| {row.get('dataset', '')} | {row['defense']} | {row['threat']} | "
-            f"{row['attack']}-{row['steps']}, {row['epsilon_255']}/255 | {row['n']} | "
+            f"{attack_name(row)}, {epsilon_name(row)} | {row['n']} | "
             f"{100 * row['clean_accuracy']:.1f} | {100 * row['accuracy']:.1f} | "
             f"{100 * low:.1f}-{100 * high:.1f} |"
         )

@@ -96,6 +96,9 @@ class Placeholder:
     def __init__(self, *_: object, **__: object) -> None:
         pass
 
+    def __call__(self, *_: object, **__: object) -> Placeholder:
+        return self
+
     def __setstate__(self, _: object) -> None:
         pass
 

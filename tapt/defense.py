@@ -63,6 +63,8 @@ class Defender:
 
     vanilla: class sentences of plain CLIP, in the same template as V.
     prompted: class sentences of the pack's design.
+    template: of the vanilla class sentences.
+    coarse: the backbone in bfloat16; it encodes the views for the selection.
     """
 
     backbone: Backbone
@@ -71,6 +73,8 @@ class Defender:
     vanilla: ClassTexts
     prompted: ClassTexts
     static_features: Tensor
+    template: str
+    coarse: Backbone | None = None
 
     @torch.no_grad()
     def clip(self, pixels: Tensor) -> Tensor:
@@ -126,6 +130,7 @@ class Defender:
             statistics=self.pack.statistics,
             config=config,
             after=after,
+            coarse=self.coarse,
             on_progress=on_progress,
         )
         trace = tuned.trace
@@ -138,15 +143,27 @@ class Defender:
         return Defended(probabilities, trace)
 
 
-def make_defender(backbone: Backbone, pack: Pack, classes: Sequence[str]) -> Defender:
+def make_defender(
+    backbone: Backbone,
+    pack: Pack,
+    classes: Sequence[str],
+    *,
+    template: str | None = None,
+    coarse: Backbone | None = None,
+) -> Defender:
     """Prepares a class list.
+
+    template: class sentence of vanilla CLIP and V, default the pack's; VLI and VLJ keep their own
+        context.
+    coarse: `backbone.in_bfloat16()`, to select views faster.
 
     Raises:
         InputError: a class name does not fit the text context.
     """
     config = pack.prompts.config
-    vanilla = class_texts(backbone, list(classes), template=config.template)
+    template = template or config.template
+    vanilla = class_texts(backbone, list(classes), template=template)
     prompted = vanilla if config.design == "V" else class_texts(backbone, list(classes), config)
     with torch.no_grad():
         static = prompted.features(backbone, pack.prompts)
-    return Defender(backbone, pack, tuple(classes), vanilla, prompted, static)
+    return Defender(backbone, pack, tuple(classes), vanilla, prompted, static, template, coarse)

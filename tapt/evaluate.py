@@ -1,31 +1,38 @@
 """Accuracy of every defence with and without attack, with intervals.
 
 Under the threats `clip` and `static` one attacked image is shown to every defence: a transfer
-attack for all rows but the attacked model's own (method: "threat model").
+attack for all rows but the attacked model's own. Under `square` and `adaptive` every row's
+attacked model is that row's own defence as it is deployed (`tapt.adaptive`).
+
+Outcomes are appended per batch to DIR/outcomes.jsonl. Batches are cut by image index and seeded
+by (seed, batch): the same command goes on after an interruption, with any number of processes.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
-import math
 import platform
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from tapt.attacks import ATTACKS, AttackConfig, attack_images, linf_255
+from tapt.adaptive import DEPLOYED_THREATS, RANDOM_DEFENSES, ask, attack_deployed
+from tapt.attacks import ATTACKS, AttackConfig, attack_images, l2_norm, linf_255
 from tapt.backbone import Backbone
-from tapt.data import in_memory, load_data
+from tapt.data import LabelledImages, load_data
 from tapt.defense import DEFENSES, THREATS, Defender, make_defender
 from tapt.errors import InputError
-from tapt.losses import kept_views_count
+from tapt.files import write_file
 from tapt.options import (
     add_model_options,
     add_tuning_options,
@@ -34,175 +41,248 @@ from tapt.options import (
     names,
     tuning_config,
 )
-from tapt.pack import Pack, pack_folder, save_pack, write_file
-from tapt.prompts import random_prompts
-from tapt.tuning import TuneConfig
+from tapt.pack import Pack, pack_folder, save_pack
+from tapt.processes import start_processes
+from tapt.prompts import ClassTexts, random_prompts
+from tapt.report import Outcomes, markdown, table, write_plots
+from tapt.tuning import TuneConfig, tokens_per_image
 
 ALL_DEFENSES = (*DEFENSES, "random-start")
-Z95 = 1.959963984540054
-
-
-def wilson(right: int, n: int) -> tuple[float, float]:
-    """Wilson 95 % interval of a proportion."""
-    if n == 0:
-        return 0.0, 1.0
-    p, z2 = right / n, Z95**2
-    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
-    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
+ALL_THREATS = (*THREATS, *DEPLOYED_THREATS)
+OUTCOMES, SETTINGS, RESULTS = "outcomes.jsonl", "settings.json", "results.json"
+AGREEMENT_IMAGES = 500
 
 
 @dataclass(frozen=True)
 class Condition:
-    """What the images went through: `threat` is None for clean images."""
+    """What the images go through: `threat` is None for clean images.
+
+    defenses: whose answers count; under a deployed threat the one that is attacked.
+    """
 
     threat: str | None
     attack: AttackConfig | None
+    defenses: tuple[str, ...]
 
     @property
-    def name(self) -> str:
+    def key(self) -> dict:
+        """The condition's fields in a record."""
         if self.attack is None:
-            return "clean"
-        return f"{self.threat} {self.attack.name} {self.attack.epsilon_255}/255"
+            return {"threat": None, "attack": None, "epsilon_255": None, "steps": None}
+        return {
+            "threat": self.threat,
+            "attack": self.attack.name,
+            "epsilon_255": self.attack.epsilon_255,
+            "steps": self.attack.steps,
+        }
 
 
-class Answers:
-    """All wanted defences' top-1 answers for batches of images, and the seconds they took."""
+@dataclass(frozen=True)
+class Unit:
+    """A batch of images under one condition: what one process does at once.
+
+    number: of the batch; it seeds the attack.
+    """
+
+    condition: Condition
+    number: int
+    images: range
+
+
+class Panel:
+    """All wanted defences of one data set."""
 
     def __init__(
-        self, defender: Defender, defenses: Sequence[str], config: TuneConfig, seed: int
+        self, defender: Defender, config: TuneConfig, *, seed: int, draws: int, rescore: int
     ) -> None:
-        self.defender, self.defenses, self.config, self.seed = defender, defenses, config, seed
-        self.seconds = dict.fromkeys(defenses, 0.0)
-        self.images = 0
-        self.random_start: Defender | None = None
-        if "random-start" in defenses:
-            prompts = random_prompts(defender.backbone, defender.pack.prompts.config, seed=seed)
-            pack = replace(defender.pack, prompts=prompts)
-            self.random_start = make_defender(defender.backbone, pack, defender.classes)
+        self.defender, self.config, self.seed = defender, config, seed
+        self.draws, self.rescore = draws, rescore
 
-    def __call__(self, pixels: Tensor, first: int) -> dict[str, Tensor]:
-        """Per defence, answers (M,) for uint8 images (M, 3, S, S); `first` is the index of the
-        first one, which seeds the views."""
+    @cached_property
+    def random_start(self) -> Defender:
+        """TAPT from random prompts, as the published code resets to."""
+        known = self.defender
+        prompts = random_prompts(known.backbone, known.pack.prompts.config, seed=self.seed)
+        return make_defender(
+            known.backbone,
+            replace(known.pack, prompts=prompts),
+            known.classes,
+            template=known.template,
+            coarse=known.coarse,
+        )
+
+    def records(self, unit: Unit, pixels: Tensor, labels: Tensor) -> Iterator[dict]:
+        """One record per image of the unit."""
+        condition, attack = unit.condition, unit.condition.attack
+        began = time.perf_counter()
+        seen, budget = pixels, ""
+        if attack is not None:
+            attack = replace(attack, seed=attack.seed * 1_000_003 + unit.number)
+            seen, budget = self._attacked(condition, attack, pixels, labels)
+        attack_seconds = (time.perf_counter() - began) / len(pixels)
+        if condition.threat in DEPLOYED_THREATS:
+            answers, seconds = self._rescored(condition.defenses[0], seen, attack)
+        else:
+            answers, seconds = self._answers(condition.defenses, seen, unit.images.start)
+        largest, size = linf_255(seen, pixels), l2_norm(seen, pixels)
+        memory = peak_memory_mb(self.defender.backbone.device)
+        for i, image in enumerate(unit.images):
+            told = {name: values[:, i] for name, values in answers.items()}
+            yield {
+                **condition.key,
+                "image": image,
+                "label": int(labels[i]),
+                "linf_255": int(largest[i]),
+                "l2": round(float(size[i]), 5),
+                "answers": {name: int(values.mode().values) for name, values in told.items()},
+                "right": {
+                    name: float((values == labels[i]).float().mean())
+                    for name, values in told.items()
+                },
+                "budget": budget,
+                "seconds": seconds,
+                "attack_seconds": attack_seconds,
+                "peak_memory_mb": memory,
+            }
+
+    def _attacked(
+        self, condition: Condition, attack: AttackConfig, pixels: Tensor, labels: Tensor
+    ) -> tuple[Tensor, str]:
+        if condition.threat in THREATS:
+            classifier = self.defender.classifier(condition.threat)
+            return attack_images(classifier, pixels, labels, attack), attack.budget
+        defender, defense = self._deployed(condition.defenses[0])
+        draws = self.draws if condition.threat == "adaptive" else 1
+        attacked = attack_deployed(
+            defender, defense, pixels, labels, attack, config=self.config, draws=draws
+        )
+        if defense not in RANDOM_DEFENSES:
+            return attacked, attack.budget
+        twice = ", stronger of BPDA and smooth surrogate" if defense == "tapt" else ""
+        twice = twice if attack.name != "square" else ""
+        return (
+            attacked,
+            f"{attack.budget}, EOT {draws}{twice}, scored on {self.rescore} fresh draws",
+        )
+
+    def _deployed(self, defense: str) -> tuple[Defender, str]:
+        return (
+            (self.random_start, "tapt") if defense == "random-start" else (self.defender, defense)
+        )
+
+    def _rescored(
+        self, name: str, pixels: Tensor, attack: AttackConfig
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Answers over draws that neither the attack nor its choice has seen, (draws, N)."""
+        defender, defense = self._deployed(name)
+        draws = self.rescore if defense in RANDOM_DEFENSES else 1
+        began = time.perf_counter()
+        probabilities = ask(defender, defense, pixels, draws, attack.seed + 7, self.config)
+        spent = (time.perf_counter() - began) / len(pixels) / draws
+        return {name: probabilities.argmax(-1)}, {name: spent}
+
+    def _answers(
+        self, defenses: Sequence[str], pixels: Tensor, first: int
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """One answer each, (1, N), with views seeded by the image's index; seconds per image."""
         seeds = [self.seed * 1_000_003 + first + i for i in range(len(pixels))]
-        self.images += len(pixels)
-        answers: dict[str, Tensor] = {}
+        found: dict[str, tuple[Tensor, float]] = {}
+        began = time.perf_counter()
+
+        def spent() -> float:
+            nonlocal began
+            before, began = began, time.perf_counter()
+            return began - before
+
         for name in ("clip", "static"):
-            if name in self.defenses:
-                began = time.perf_counter()
-                answers[name] = getattr(self.defender, name)(pixels)
-                self.seconds[name] += time.perf_counter() - began
-        if {"ensemble", "tapt"} & set(self.defenses):
-            began = time.perf_counter()
+            if name in defenses:
+                found[name] = getattr(self.defender, name)(pixels), spent()
+        if {"ensemble", "tapt"} & set(defenses):
             defended = self.defender.defend(pixels, config=self.config, seeds=seeds)
-            elapsed = time.perf_counter() - began
-            phases = defended.trace.seconds
+            elapsed, phases = spent(), defended.trace.seconds
             without_step = elapsed - phases.get("gradient", 0.0) - phases.get("predict", 0.0)
-            for name, spent in (("ensemble", without_step), ("tapt", elapsed)):
-                if name in self.defenses:
-                    answers[name] = defended.probabilities[name]
-                    self.seconds[name] += spent
-        if self.random_start is not None:
-            began = time.perf_counter()
+            found["ensemble"] = defended.probabilities["ensemble"], without_step
+            found["tapt"] = defended.probabilities["tapt"], elapsed
+        if "random-start" in defenses:
             defended = self.random_start.defend(pixels, config=self.config, seeds=seeds)
-            answers["random-start"] = defended.probabilities["tapt"]
-            self.seconds["random-start"] += time.perf_counter() - began
-        return {name: p.argmax(-1) for name, p in answers.items()}
+            found["random-start"] = defended.probabilities["tapt"], spent()
+        answers = {name: found[name][0].argmax(-1)[None] for name in defenses}
+        return answers, {name: found[name][1] / len(pixels) for name in defenses}
 
 
-def evaluation_batches(
-    answers: Answers,
-    images: Tensor,
-    labels: Tensor,
-    conditions: Sequence[Condition],
-    batch_size: int,
-) -> Iterator[dict]:
-    """One record per image and condition: what every defence answered.
-
-    The attack on a batch is seeded by (attack seed, batch).
-    """
-    defender = answers.defender
-    for number, start in enumerate(range(0, len(images), batch_size)):
-        pixels, truth = images[start : start + batch_size], labels[start : start + batch_size]
-        for condition in conditions:
-            seen = pixels
-            if condition.attack is not None:
-                attack = replace(condition.attack, seed=condition.attack.seed * 1_000_003 + number)
-                classifier = defender.classifier(condition.threat)
-                seen = attack_images(classifier, pixels, truth, attack)
-            told = answers(seen, start)
-            largest = linf_255(seen, pixels)
-            for i in range(len(pixels)):
-                yield {
-                    "image": start + i,
-                    "condition": condition.name,
-                    "label": int(truth[i]),
-                    "linf_255": int(largest[i]),
-                    "answers": {name: int(values[i]) for name, values in told.items()},
-                }
+def make_conditions(args: argparse.Namespace) -> list[Condition]:
+    """Clean images first, then every threat, attack and epsilon of the command."""
+    defenses = tuple(args.defenses)
+    conditions = [Condition(None, None, defenses)]
+    for threat in args.threats:
+        for name in ["square"] if threat == "square" else args.attack:
+            steps = args.queries if threat == "square" else args.steps
+            # an attack without epsilon runs once
+            for epsilon in args.epsilon if ATTACKS[name].norm == "Linf" else [1.0]:
+                attack = AttackConfig(name, epsilon, steps, seed=args.seed)
+                if threat in THREATS:
+                    conditions.append(Condition(threat, attack, defenses))
+                else:
+                    conditions += [Condition(threat, attack, (name,)) for name in defenses]
+    return conditions
 
 
-def rows(
-    records: Sequence[dict], conditions: Sequence[Condition], answers: Answers, peak_mb: float
-) -> list[dict]:
-    """The table: one row per defence and attack condition."""
-
-    def right(condition: Condition, defense: str) -> tuple[int, int]:
-        mine = [r for r in records if r["condition"] == condition.name]
-        return sum(r["answers"][defense] == r["label"] for r in mine), len(mine)
-
-    table = []
+def make_units(conditions: Sequence[Condition], n: int, batch_size: int, draws: int) -> list[Unit]:
+    """Batches by image index; those of a deployed threat are smaller by its draws."""
+    units = []
     for condition in conditions:
-        if condition.attack is None:
+        size = batch_size
+        if condition.threat == "adaptive":
+            size = max(1, batch_size // draws)
+        starts = range(0, n, size)
+        units += [
+            Unit(condition, number, range(start, min(n, start + size)))
+            for number, start in enumerate(starts)
+        ]
+    return units
+
+
+def read_outcomes(path: Path) -> list[dict]:
+    """Whole lines of outcomes.jsonl; a line that an interruption cut short is left out."""
+    records = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:
             continue
-        for defense in answers.defenses:
-            clean, n = right(conditions[0], defense)
-            hits, _ = right(condition, defense)
-            table.append(
-                {
-                    "defense": defense,
-                    "threat": condition.threat,
-                    "attack": condition.attack.name,
-                    "epsilon_255": condition.attack.epsilon_255,
-                    "steps": condition.attack.steps,
-                    "n": n,
-                    "clean_accuracy": clean / max(1, n),
-                    "clean_ci95": list(wilson(clean, n)),
-                    "accuracy": hits / max(1, n),
-                    "ci95": list(wilson(hits, n)),
-                    "budget": f"{condition.attack.steps} steps",
-                    "seconds_per_image": answers.seconds[defense] / max(1, answers.images),
-                    "peak_memory_mb": peak_mb,
-                }
-            )
-    return table
+        if isinstance(record, dict) and "peak_memory_mb" in record:
+            records.append(record)
+    return records
 
 
-def table(result_rows: Sequence[dict]) -> str:
-    """The rows for people; one line per defence, threat and epsilon."""
-    header = (
-        f"{'defence':<13} {'attacked model':<15} {'attack':<12} {'eps':>6}  {'n':>5}  "
-        f"{'clean %':>7} {'95 % interval':>14}  {'attacked %':>10} {'95 % interval':>14}  "
-        f"{'s/image':>8}"
-    )
-    lines = [header]
-    for row in result_rows:
-        clean, attacked = (
-            f"{100 * row[key][0]:.1f}-{100 * row[key][1]:.1f}" for key in ("clean_ci95", "ci95")
-        )
-        lines.append(
-            f"{row['defense']:<13} {row['threat']:<15} "
-            f"{row['attack'] + '-' + str(row['steps']):<12} {row['epsilon_255']:>2}/255  "
-            f"{row['n']:>5}  {100 * row['clean_accuracy']:>7.1f} {clean:>14}  "
-            f"{100 * row['accuracy']:>10.1f} {attacked:>14}  {row['seconds_per_image']:>8.4f}"
-        )
-    return "\n".join(lines)
+def _lines(records: Sequence[dict]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
-def default_batch_size(backbone: Backbone, config: TuneConfig) -> int:
-    """Images per pass: about 8,000 tokens with gradients."""
-    kept = kept_views_count(config.views, config.keep)
-    return max(1, 8192 // (kept * backbone.image_tokens))
+def _append(path: Path, records: Sequence[dict]) -> None:
+    # one unbuffered write in append mode: lines of several processes never mix
+    with open(path, "ab", buffering=0) as file:
+        file.write(_lines(records))
+
+
+def _identity(record: dict) -> tuple:
+    keys = ("dataset", "threat", "attack", "epsilon_255", "steps", "image")
+    return tuple(record[key] for key in keys)
+
+
+def default_batch_size(
+    backbone: Backbone, config: TuneConfig, texts: ClassTexts, processes: int = 1
+) -> int:
+    """Images per pass, by the memory that is free; on a processor at most 8,000 tokens."""
+    device = backbone.device
+    if device.type == "cuda":
+        free, most = torch.cuda.mem_get_info(device)[0], 131_072
+    else:
+        free, most = psutil.virtual_memory().available // processes, 8192
+    # a block keeps about 16 values per channel for the gradient
+    bytes_per_token = 64 * backbone.visual_width * backbone.visual_blocks
+    tokens = min(most, free / 2 / bytes_per_token)
+    return max(1, int(tokens / tokens_per_image(backbone, config, texts)))
 
 
 def peak_memory_mb(device: torch.device) -> float:
@@ -215,16 +295,63 @@ def peak_memory_mb(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * factor / 1e6
 
 
+def bfloat16_agreement(panel: Panel, data: LabelledImages, batch_size: int) -> dict:
+    """TAPT with the selection in bfloat16 beside float32, on the first 500 clean images."""
+    exact = replace(panel.defender, coarse=None)
+    seconds, same, largest = {"bfloat16": 0.0, "float32": 0.0}, 0, 0.0
+    n = min(AGREEMENT_IMAGES, len(data))
+    for start in range(0, n, batch_size):
+        pixels = _read(data, range(start, min(n, start + batch_size)), exact.backbone)
+        seeds, told = range(start, start + len(pixels)), {}
+        for name, defender in (("bfloat16", panel.defender), ("float32", exact)):
+            began = time.perf_counter()
+            defended = defender.defend(pixels, config=panel.config, seeds=seeds)
+            seconds[name] += time.perf_counter() - began
+            told[name] = defended.probabilities["tapt"]
+        same += int((told["bfloat16"].argmax(-1) == told["float32"].argmax(-1)).sum())
+        largest = max(largest, float((told["bfloat16"] - told["float32"]).abs().max()))
+    return {
+        "dataset": data.name,
+        "n": n,
+        "top1_agreement": same / n,
+        "largest_probability_difference": largest,
+        "seconds_per_image": {name: value / n for name, value in seconds.items()},
+    }
+
+
+def _read(data: LabelledImages, images: range, backbone: Backbone) -> Tensor:
+    return torch.stack([backbone.preprocess(data.read(i)) for i in images])
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--data", required=True, help="folder or zip of class folders")
+    parser.add_argument(
+        "--data",
+        required=True,
+        nargs="+",
+        help="folders or zips of class folders, NAME:FOLDER, torchvision:NAME[:ROOT], "
+        "split_zhou_*.json",
+    )
     add_model_options(parser)
-    parser.add_argument("--defenses", type=names, default=list(DEFENSES), help="by commas")
-    parser.add_argument("--threats", type=names, default=list(THREATS), help="by commas")
-    parser.add_argument("--attack", default="pgd", choices=tuple(ATTACKS))
+    known = ", ".join(ALL_DEFENSES)
+    parser.add_argument("--defenses", type=names, default=list(DEFENSES), help=f"of {known}")
+    known = ", ".join(ALL_THREATS)
+    parser.add_argument("--threats", type=names, default=list(THREATS), help=f"of {known}")
+    parser.add_argument("--attack", type=names, default=["pgd"], help=f"of {', '.join(ATTACKS)}")
     parser.add_argument("--epsilon", type=fractions, default=[1 / 255], help="1/255,2/255")
     parser.add_argument("--steps", type=int, default=100, help="attack steps")
+    parser.add_argument("--queries", type=int, default=1000, help="of the threat square")
+    parser.add_argument("--eot", type=int, default=4, help="view sets per adaptive gradient")
+    parser.add_argument(
+        "--rescore", type=int, default=20, help="fresh draws that score a deployed random defence"
+    )
     parser.add_argument("--limit", type=int, help="a class-balanced subset of this many images")
     parser.add_argument("--batch-size", type=int, help="images per pass; default by memory")
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=("float32", "bfloat16"),
+        help="of the defence's view selection; attacks are float32",
+    )
     parser.add_argument("--seed", type=int, default=0)
     add_tuning_options(parser)
     parser.add_argument("--out", type=Path, required=True, help="folder for the results")
@@ -236,7 +363,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def _checked(args: argparse.Namespace) -> None:
     if args.record and not args.pack:
         raise InputError("--record needs --pack: the pack that the table belongs to.")
-    for option, allowed in (("defenses", ALL_DEFENSES), ("threats", THREATS)):
+    for option, allowed in (
+        ("defenses", ALL_DEFENSES),
+        ("threats", ALL_THREATS),
+        ("attack", tuple(ATTACKS)),
+    ):
         given = getattr(args, option)
         for name in given:
             if name not in allowed:
@@ -245,7 +376,7 @@ def _checked(args: argparse.Namespace) -> None:
                 )
         if not given:
             raise InputError(f"--{option} is empty; choose from {', '.join(allowed)}.")
-    for option in ("limit", "batch_size"):
+    for option in ("limit", "batch_size", "eot", "rescore"):
         if getattr(args, option) is not None and getattr(args, option) < 1:
             name = option.replace("_", "-")
             raise InputError(f"--{name} must be at least 1, got {getattr(args, option)}.")
@@ -253,62 +384,143 @@ def _checked(args: argparse.Namespace) -> None:
 
 def run(args: argparse.Namespace) -> int:
     _checked(args)
-    conditions = [Condition(None, None)] + [
-        Condition(threat, AttackConfig(args.attack, epsilon, args.steps, seed=args.seed))
-        for threat in args.threats
-        for epsilon in args.epsilon
-    ]
-    data = load_data(args.data)
+    conditions = make_conditions(args)
+    state = start_processes(args.device)
+    device = args.device or (state.device if state.num_processes > 1 else None)
+    sets = [load_data(source) for source in args.data]
+    if len({data.name for data in sets}) < len(sets):
+        raise InputError("--data: two sets have the same name.")
     if args.limit is not None:
-        data = data.balanced(args.limit, args.seed)
+        sets = [data.balanced(args.limit, args.seed) for data in sets]
+    args.device = device
     backbone, pack = model_of(args)
     if args.record and pack.origin:
         raise InputError("--record writes into the pack: give --pack its folder, not a Hub id.")
     config = tuning_config(args, pack.test_time)
-    defender = make_defender(backbone, pack, data.classes)
-    answers = Answers(defender, args.defenses, config, args.seed)
-    batch_size = args.batch_size or default_batch_size(backbone, config)
-    images, labels = in_memory(data, backbone.preprocess), torch.tensor(data.labels)
-    args.out.mkdir(parents=True, exist_ok=True)
-    records = []
-    with (
-        open(args.out / "outcomes.jsonl", "w", encoding="utf-8") as outcomes,
-        tqdm(total=len(images) * len(conditions), unit="image", dynamic_ncols=True) as bar,
-    ):
-        for record in evaluation_batches(answers, images, labels, conditions, batch_size):
-            outcomes.write(json.dumps(record) + "\n")
-            records.append(record)
-            bar.update()
-    result_rows = rows(records, conditions, answers, peak_memory_mb(backbone.device))
-    summary = {"settings": _settings(args, defender.pack, config), "rows": result_rows}
-    write_file(args.out / "results.json", (json.dumps(summary, indent=2) + "\n").encode())
+    coarse = backbone.in_bfloat16() if args.precision == "bfloat16" else None
+    panels = []
+    for data in sets:
+        defender = make_defender(
+            backbone, pack, data.classes, template=data.template, coarse=coarse
+        )
+        panels.append(Panel(defender, config, seed=args.seed, draws=args.eot, rescore=args.rescore))
+    batch_size = args.batch_size or min(
+        default_batch_size(backbone, config, panel.defender.prompted, state.num_processes)
+        for panel in panels
+    )
+    settings = _settings(args, sets, pack, config, batch_size)
+    if state.is_main_process:
+        _prepare(args.out, settings, keep_batch_size=args.batch_size is None)
+    state.wait_for_everyone()
+    batch_size = json.loads((args.out / SETTINGS).read_text())["batch_size"]
+    done = {
+        (*_identity(r), name) for r in read_outcomes(args.out / OUTCOMES) for name in r["right"]
+    }
+    state.wait_for_everyone()  # nobody writes before everybody has read
+
+    work = [
+        (panel, data, unit)
+        for panel, data in zip(panels, sets, strict=True)
+        for unit in make_units(conditions, len(data), batch_size, args.eot)
+    ]
+    mine = work[state.process_index :: state.num_processes]
+    total = sum(len(unit.images) for _, _, unit in mine)
+    with tqdm(
+        total=total, unit="image", dynamic_ncols=True, disable=not state.is_main_process
+    ) as bar:
+        for panel, data, unit in mine:
+            if not _finished(unit, data.name, done):
+                pixels = _read(data, unit.images, backbone)
+                labels = torch.tensor([data.labels[i] for i in unit.images])
+                records = panel.records(unit, pixels, labels)
+                _append(args.out / OUTCOMES, [{"dataset": data.name, **r} for r in records])
+            bar.update(len(unit.images))
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return 0
+    summary = _summary(args.out, {**settings, "batch_size": batch_size})
+    if coarse is not None:
+        summary["bfloat16"] = bfloat16_agreement(panels[0], sets[0], batch_size)
+    plots = write_plots(summary["rows"], args.out)
+    write_file(args.out / "report.md", markdown(summary, plots).encode())
+    write_file(args.out / RESULTS, (json.dumps(summary, indent=2) + "\n").encode())
     if args.record:
-        _record(pack, result_rows, Path(args.data).stem)
-    print(table(result_rows))
+        _record(pack, summary["rows"])
+    print(table(summary["rows"]))
     return 0
 
 
-def _record(pack: Pack, result_rows: list[dict], dataset: str) -> None:
+def _finished(unit: Unit, dataset: str, done: set[tuple]) -> bool:
+    condition = {"dataset": dataset, **unit.condition.key}
+    return all(
+        (*_identity({**condition, "image": image}), name) in done
+        for image in unit.images
+        for name in unit.condition.defenses
+    )
+
+
+def _prepare(out: Path, settings: dict, *, keep_batch_size: bool) -> None:
+    """Starts a folder, or checks that it was started with the same settings and drops what an
+    interruption cut short."""
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / SETTINGS
+    if not path.exists():
+        write_file(path, (json.dumps(settings, indent=2) + "\n").encode())
+        write_file(out / OUTCOMES, b"")
+        return
+    before = json.loads(path.read_text())
+    loose = {"versions", "python", "machine", *(["batch_size"] if keep_batch_size else [])}
+    differ = sorted(k for k in {*before, *settings} - loose if before.get(k) != settings.get(k))
+    if differ:
+        raise InputError(
+            f"{out.name} was started with other settings ({', '.join(differ)}): use them again, or "
+            "another --out."
+        )
+    write_file(out / OUTCOMES, _lines(read_outcomes(out / OUTCOMES)))
+
+
+def _summary(out: Path, settings: dict) -> dict:
+    outcomes = Outcomes(read_outcomes(out / OUTCOMES))
+    return {"settings": settings, "rows": outcomes.rows(), "paired": outcomes.paired()}
+
+
+def _record(pack: Pack, result_rows: list[dict]) -> None:
     """Puts rows into the pack's own table; rows of the same defence and attack are replaced."""
     keys = ("dataset", "defense", "threat", "attack", "epsilon_255", "steps")
-    evaluation = {tuple(row[k] for k in keys): row for row in pack.evaluation}
-    for row in result_rows:
-        row = {"dataset": dataset, **row}
-        evaluation[tuple(row[k] for k in keys)] = row
+    evaluation = {tuple(row[k] for k in keys): row for row in [*pack.evaluation, *result_rows]}
     save_pack(replace(pack, evaluation=list(evaluation.values())), pack_folder(pack.name))
 
 
-def _settings(args: argparse.Namespace, pack: Pack, config: TuneConfig) -> dict:
+def _settings(
+    args: argparse.Namespace,
+    sets: Sequence[LabelledImages],
+    pack: Pack,
+    config: TuneConfig,
+    batch_size: int,
+) -> dict:
+    """What two runs into one folder must share, and where they ran. Threats, attacks and defences
+    are not among it: a folder may collect several."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(pack.prompts.tensors.items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
     packages = ("torch", "open_clip_torch", "torchattacks")
     return {
-        "data": Path(args.data).name,
+        "data": [data.name for data in sets],
+        "images": [len(data) for data in sets],
+        "classes": [len(data.classes) for data in sets],
         "backbone": args.backbone or pack.base_model["source"],
         "base_model": pack.base_model,
         "pack": pack.name,
+        "pack_commit": pack.origin and pack.origin.commit,
+        "prompts_sha256": digest.hexdigest(),
         "trained": pack.trained,
         "test_time": config.to_dict(),
         "limit": args.limit,
         "seed": args.seed,
+        "eot": args.eot,
+        "rescore": args.rescore,
+        "precision": args.precision,
+        "batch_size": batch_size,
         "versions": {name: version(name) for name in packages},
         "python": platform.python_version(),
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",

@@ -1,31 +1,22 @@
-"""Files from the Hugging Face Hub: one commit, sizes and checksums checked, in bounded time.
-
-A fetch runs in a thread of its own while the caller watches it: whatever hangs (DNS, a handshake,
-a server that stops sending), the caller goes on after `PATIENCE` seconds.
-"""
+"""Files from the Hugging Face Hub: one commit, sizes and checksums checked, in bounded time."""
 
 from __future__ import annotations
 
 import errno
 import re
-import threading
-import time
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Mapping
 from contextlib import suppress
-from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 import httpx2
 from huggingface_hub import (
     HfApi,
-    ModelInfo,
     constants,
+    get_session,
     hf_hub_download,
-    logging,
-    set_client_factory,
     try_to_load_from_cache,
 )
 from huggingface_hub.errors import (
@@ -41,23 +32,20 @@ from huggingface_hub.errors import (
     RevisionResolutionError,
 )
 from huggingface_hub.file_download import repo_folder_name
-from huggingface_hub.utils import validate_repo_id
-from huggingface_hub.utils._http import default_client_factory
+from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 from tqdm import tqdm
 
 from tapt.errors import HubError
 from tapt.files import file_sha256, git_sha1, write_file
+from tapt.watch import Progress, Stalled, Watch, watched
 
-PATIENCE = 9.0  # seconds; an answer that is late by more counts as a fault
-PROGRESS = 90_000  # bytes within PATIENCE that make a slow download and not a stall: 10 kB/s
 _ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?", re.ASCII)
 _STALLED = "the Hub does not answer, or sends less than 10 kB/s"
+_NO_BAR = partial(tqdm, disable=True)  # the watch tells the progress
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 
-Progress = Callable[[int, int], None]
-"""Called with the bytes that have arrived and those that are to come in all."""
 Token = str | bool | None
 """False for no token, None for the user's own from the usual places."""
 T = TypeVar("T")
@@ -157,14 +145,21 @@ def snapshot(
     return _snapshot(where, fetched, cached=not downloaded)
 
 
-def list_models(tag: str) -> list[ModelInfo]:
+def list_models(tag: str) -> list[dict]:
     """Public models with a tag, the most downloaded first; `id` and `tags` are what to use.
 
     Raises:
         HubError: the Hub cannot be asked; the message says why.
     """
-    found = HfApi().list_models(filter=tag, sort="downloads", limit=200, token=False)
-    return ask_hub(lambda _: list(found))
+
+    def job(_: Watch) -> list[dict]:
+        # HfApi.list_models would try again and again while nobody can be reached
+        params = {"filter": tag, "sort": "downloads", "limit": 200}
+        response = get_session().get(f"{constants.ENDPOINT}/api/models", params=params)
+        hf_raise_for_status(response)
+        return [{"id": model["id"], "tags": model.get("tags", [])} for model in response.json()]
+
+    return ask_hub(job)
 
 
 class Unavailable(HubError):
@@ -175,50 +170,8 @@ class Unavailable(HubError):
         self.fault = fault
 
 
-class _Stalled(Exception):
-    """A request that took too long, and what it may still try to do."""
-
-
-class _Watch:
-    """What one fetch does in its thread, seen from outside."""
-
-    def __init__(self) -> None:
-        self.received = self.total = self.status = 0
-        self.cancelled = self._waiting = False
-        self._window, self._spent, self._since = 0, 0.0, 0.0
-
-    def asked(self) -> None:
-        if self.cancelled:
-            raise _Stalled
-        if not self._waiting:
-            self._waiting, self._since = True, time.monotonic()
-
-    def arrived(self, size: int) -> None:
-        if self.cancelled:
-            raise _Stalled
-        self.received += size
-        self._window += size
-        if self._window >= PROGRESS:
-            self.advanced()
-
-    def answered(self) -> None:
-        """Only an answer ends the wait: pauses between retries count, those for a lock do not."""
-        if self._waiting:
-            self._waiting = False
-            self._spent += time.monotonic() - self._since
-
-    def advanced(self) -> None:
-        self._window, self._spent, self._since = 0, 0.0, time.monotonic()
-
-    def seconds(self) -> float:
-        return self._spent + (time.monotonic() - self._since if self._waiting else 0.0)
-
-
-_WATCH: ContextVar[_Watch | None] = ContextVar("watch", default=None)
-
-
 def ask_hub(
-    job: Callable[[_Watch], T], where: HubId | None = None, *, progress: Progress | None = None
+    job: Callable[[Watch], T], where: HubId | None = None, *, progress: Progress | None = None
 ) -> T:
     """Runs `job`, which talks to the Hub, and turns what goes wrong into a sentence.
 
@@ -226,38 +179,17 @@ def ask_hub(
         Unavailable: faults after which a cached copy may stand in.
         HubError: refusals.
     """
-    watch, future, told = _Watch(), Future(), None
-
-    def work() -> None:
-        _WATCH.set(watch)
-        try:
-            future.set_result(job(watch))
-        except BaseException as error:
-            future.set_exception(error)
-
-    # a daemon: a thread that hangs must not keep the program from ending
-    threading.Thread(target=work, daemon=True).start()
     try:
-        while not wait([future], 0.05).done:
-            if watch.seconds() > PATIENCE:
-                late = watch.status < 400  # otherwise the client has tried again and again
-                raise Unavailable(_STALLED if late else _status(watch.status))
-            if progress and watch.total and told != watch.received:
-                told = watch.received
-                progress(min(told, watch.total), watch.total)
-        if progress and watch.total and not future.exception():
-            progress(watch.total, watch.total)
-        return future.result()
-    except HubError:
-        raise
+        return watched(job, progress)
+    except Stalled as error:
+        late = error.status < 400  # otherwise the client has tried again and again
+        raise Unavailable(_STALLED if late else _status(error.status)) from error
     except (httpx2.HTTPError, OSError, ValueError, TypeError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and error.__cause__:  # the client's, of an upload
             error = error.__cause__
         if refusal := _refusal(error, where):
             raise HubError(refusal) from error
         raise Unavailable(_fault(error)) from error
-    finally:
-        watch.cancelled = True
 
 
 def _refusal(error: Exception, where: HubId | None) -> str | None:
@@ -301,8 +233,10 @@ def _fault(error: BaseException) -> str:
         return "offline mode is on (HF_HUB_OFFLINE)"
     if isinstance(error, HfHubHTTPError):
         return _status(error.response.status_code)
-    if isinstance(error, (httpx2.ConnectError, httpx2.TimeoutException)):
+    if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout)):
         return "the Hub cannot be reached"
+    if isinstance(error, httpx2.TimeoutException):
+        return _STALLED
     if isinstance(error, OSError) and error.errno in _FULL:
         return "there is no room on the disk for the download"
     if isinstance(error, OSError) and error.errno in _READ_ONLY:
@@ -367,7 +301,7 @@ def _discard(file: Path) -> None:
 
 
 def _fetch(
-    where: HubId, paths: Mapping[str, int], token: Token, watch: _Watch
+    where: HubId, paths: Mapping[str, int], token: Token, watch: Watch
 ) -> tuple[_Cached, bool]:
     """One question for commit, sizes and checksums, then every file of that commit."""
     info = HfApi().model_info(where.repo, revision=where.revision, files_metadata=True, token=token)
@@ -395,7 +329,7 @@ def _fetch(
     for path, checksum in checksums.items():
         for _ in range(2):
             file = hf_hub_download(
-                where.repo, path, revision=info.sha, token=token, tqdm_class=_NoBar
+                where.repo, path, revision=info.sha, token=token, tqdm_class=_NO_BAR
             )
             watch.advanced()
             files[path] = Path(file)
@@ -424,60 +358,3 @@ def _snapshot(where: HubId, found: _Cached, *, cached: bool, fault: str | None =
     checksums = {path.rpartition("/")[2]: value for path, value in found.checksums.items()}
     origin = Origin(where.repo, found.commit, size, cached, fault)
     return Snapshot(first.parent, origin, checksums)
-
-
-class _NoBar(tqdm):
-    """The watch tells the progress."""
-
-    def __init__(self, *args: object, **options: object) -> None:
-        super().__init__(*args, **{**options, "disable": True})
-
-
-class _Counted(httpx2.SyncByteStream):
-    """A body, of a request or a response, that tells the watch what goes through."""
-
-    def __init__(self, stream: httpx2.SyncByteStream, watch: _Watch, ok: bool) -> None:
-        self.stream, self.watch, self.ok = stream, watch, ok
-
-    def __iter__(self) -> Iterator[bytes]:
-        try:
-            for chunk in self.stream:
-                self.watch.arrived(len(chunk))
-                yield chunk
-        except httpx2.ReadError as error:
-            # a reset: the client resumes after this class of error and gives up after the other
-            raise httpx2.RemoteProtocolError(str(error)) from error
-        if self.ok:
-            self.watch.answered()
-
-    def close(self) -> None:
-        self.stream.close()
-
-
-def _limit(request: httpx2.Request) -> None:
-    if watch := _WATCH.get():
-        watch.asked()
-        given = request.extensions.get("timeout", {})
-        parts = ("connect", "read", "write", "pool")
-        limits = {part: min(given.get(part) or PATIENCE, PATIENCE) for part in parts}
-        request.extensions = {**request.extensions, "timeout": limits}
-        request.stream = _Counted(request.stream, watch, ok=False)
-
-
-def _count(response: httpx2.Response) -> None:
-    if watch := _WATCH.get():
-        watch.status = response.status_code
-        # plain HTTP for files in Xet storage too: its own client has no bound on its time
-        response.headers.pop("X-Xet-Hash", None)
-        response.stream = _Counted(response.stream, watch, response.status_code < 400)
-
-
-def _client() -> httpx2.Client:
-    client = default_client_factory()
-    client.event_hooks["request"].append(_limit)
-    client.event_hooks["response"].append(_count)
-    return client
-
-
-set_client_factory(_client)
-logging.set_verbosity_error()  # its warnings have addresses and paths; the errors here say it all

@@ -82,6 +82,11 @@ class DownloadBar:
             self.bar = None
 
 
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+    parser.add_argument("--checkpoint-minutes", type=float, default=3.0, help="between checkpoints")
+
+
 def add_tuning_options(parser: argparse.ArgumentParser) -> None:
     """Test-time settings; what is not given comes from the pack."""
     parser.add_argument("--views", type=int)

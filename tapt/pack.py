@@ -190,7 +190,7 @@ def hub_packs(backbone: Backbone) -> list[str]:
     """
     repo = hub_repo(backbone.source)
     fits = {weights_tag(backbone.sha256)} | ({f"base_model:{repo}"} if repo else set())
-    return [model.id for model in list_models(TAG) if fits & set(model.tags or [])]
+    return [model["id"] for model in list_models(TAG) if fits & set(model["tags"])]
 
 
 @dataclass(frozen=True)
@@ -212,9 +212,9 @@ def _find(
         where = parse_id(name)
         # a mistyped tiny/vli must not fetch a stranger's repo
         if where is None or (EMBEDDED / name.partition("/")[0]).is_dir():
-            known = ", ".join(_embedded_names())
+            known = ", ".join([*_embedded_names(), "a folder"])
             raise PackError(
-                f"There is no pack {name!r}: use {known}, a folder, or a Hub id such as owner/repo."
+                f"There is no pack {name!r}: use {known}, or a Hub id such as owner/repo."
             )
         files = {k: v for k, v in MAX_HUB_BYTES.items() if statistics or k != STATISTICS}
         fetched = snapshot(where, files, token=token, progress=progress)

@@ -7,6 +7,7 @@ import io
 from pathlib import Path
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
+from huggingface_hub.utils import disable_progress_bars
 
 from tapt.backbone import is_public
 from tapt.card import PICTURE, model_card
@@ -36,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     files = pack_files(args.folder, where.repo)
     if get_token() is None:
         raise HubError("There is no Hub token: log in with `hf auth login`, or set HF_TOKEN.")
+    disable_progress_bars()  # they also count files that are there already, as "0 files"
     if not args.create_pr:
         ask_hub(lambda _: _ready(where, args.public, args.tag), where)
     url, commit, private = ask_hub(lambda _: _commit(where, files, args), where)
@@ -108,7 +110,8 @@ def _commit(
 ) -> tuple[str, str, bool]:
     api = HfApi()
     info = api.model_info(where.repo)
-    operations = [CommitOperationAdd(name, data) for name, data in files.items()]
+    # a buffer goes by plain HTTP, where a stall can be seen; other data by the client for Xet
+    operations = [CommitOperationAdd(name, io.BytesIO(data)) for name, data in files.items()]
     for operation in operations:  # one by one: their progress is watched in this thread
         api.preupload_lfs_files(where.repo, [operation], create_pr=args.create_pr)
     done = api.create_commit(

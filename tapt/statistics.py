@@ -7,7 +7,9 @@ resized crops like the views' (`tapt.views`).
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+import hashlib
+import json
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,11 +26,12 @@ from tapt.losses import Statistics, TokenStatistics
 from tapt.options import (
     DownloadBar,
     add_backbone_options,
+    add_checkpoint_options,
     add_tuning_options,
     tuning_config,
 )
 from tapt.pack import Pack, load_pack, save_pack
-from tapt.processes import start_processes
+from tapt.processes import save_checkpoint, start_processes
 from tapt.prompts import Prompts
 from tapt.towers import encode_image
 from tapt.views import random_view
@@ -74,25 +77,55 @@ def empty_moments(backbone: Backbone, prompts: Prompts) -> Moments:
     return Moments(0, zeros, zeros.clone())
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where the sums so far are kept, and how often they are written.
+
+    resume: go on from the file where it is there and belongs to the same prompts and images.
+    """
+
+    path: Path
+    minutes: float = 3.0
+    resume: bool = False
+
+    def load(self, fingerprint: str) -> Moments | None:
+        if not (self.resume and self.path.exists()):
+            return None
+        state = torch.load(self.path, weights_only=True)
+        if state.pop("fingerprint") != fingerprint:
+            raise InputError(
+                f"{self.path.name} belongs to other prompts or images; start anew without --resume."
+            )
+        return Moments(**state)
+
+    def save(self, moments: Moments, fingerprint: str) -> None:
+        save_checkpoint({**vars(moments), "fingerprint": fingerprint}, self.path)
+
+
 @torch.no_grad()
 def token_moments(
     backbone: Backbone,
     prompts: Prompts,
     images: Tensor,
     *,
-    indices: Sequence[int] | None = None,
+    indices: range | None = None,
     seed: int = 0,
     batch_size: int = 128,
+    checkpoint: Checkpoint | None = None,
 ) -> Moments:
     """Moments over one random view of each image.
 
     images: uint8, (N, 3, S, S). Image i's view is drawn by (seed, i).
     indices: of the images to use, default all.
     """
-    moments = empty_moments(backbone, prompts)
     visual, blocks = prompts.visual(), range(backbone.visual_blocks)
     indices = range(len(images)) if indices is None else indices
-    for start in tqdm(range(0, len(indices), batch_size), unit="batch", dynamic_ncols=True):
+    fingerprint = _fingerprint(backbone, prompts, images, indices, seed)
+    moments = checkpoint and checkpoint.load(fingerprint)
+    moments = moments or empty_moments(backbone, prompts)
+    saved = time.monotonic()
+    starts = range(moments.count, len(indices), batch_size)
+    for start in tqdm(starts, unit="batch", dynamic_ncols=True):
         views = torch.stack(
             [
                 random_view(
@@ -103,7 +136,21 @@ def token_moments(
         )
         _, taps = encode_image(backbone, views.to(backbone.device), visual, tap=blocks)
         moments.add(taps)
+        if checkpoint and time.monotonic() - saved > 60 * checkpoint.minutes:
+            checkpoint.save(moments, fingerprint)
+            saved = time.monotonic()
+    if checkpoint:
+        checkpoint.save(moments, fingerprint)
     return moments
+
+
+def _fingerprint(
+    backbone: Backbone, prompts: Prompts, images: Tensor, indices: range, seed: int
+) -> str:
+    digest = hashlib.sha256()
+    for tensor in (*prompts.tensors.values(), images[::50]):
+        digest.update(tensor.cpu().numpy().tobytes())
+    return json.dumps([backbone.sha256, digest.hexdigest(), len(images), repr(indices), seed])
 
 
 def gather(moments: Moments) -> Moments:
@@ -125,6 +172,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished pack")
     parser.add_argument("--limit", type=int, help="use a class-balanced subset of this many images")
     parser.add_argument("--seed", type=int, default=0)
+    add_checkpoint_options(parser)
     add_tuning_options(parser)
 
 
@@ -146,17 +194,37 @@ def run(args: argparse.Namespace) -> int:
         data = data.balanced(args.limit, args.seed)
     images = in_memory(data, backbone.preprocess)
     mine = range(state.process_index, len(images), state.num_processes)
-    parts = [
-        gather(token_moments(backbone, pack.prompts, images, indices=mine, seed=args.seed))
-        for pack in (adversarial, clean)
-    ]
-    if not state.is_main_process:
-        return 0
+    args.out.mkdir(parents=True, exist_ok=True)
+    parts, checkpoints = [], []
+    for part, pack in (("adversarial", adversarial), ("clean", clean)):
+        path = args.out / f"{part}-{state.process_index}.ckpt"
+        checkpoint = Checkpoint(path, args.checkpoint_minutes, args.resume)
+        moments = token_moments(
+            backbone,
+            pack.prompts,
+            images,
+            indices=mine,
+            seed=args.seed,
+            checkpoint=checkpoint,
+        )
+        parts.append(gather(moments))
+        checkpoints.append(path)
+    if state.is_main_process:
+        _write_pack(args, adversarial, clean, parts, len(images))
+    state.wait_for_everyone()
+    for path in checkpoints:
+        path.unlink()
+    return 0
+
+
+def _write_pack(
+    args: argparse.Namespace, adversarial: Pack, clean: Pack, parts: list[Moments], images: int
+) -> None:
     training = {
         "adversarial": adversarial.training,
         "clean": clean.training,
         "statistics": {
-            "images": len(images),
+            "images": images,
             "views": "one random resized crop (scale 0.08-1) with flip per image, unattacked",
             "variance": "n - 1",
             "seed": args.seed,
@@ -172,4 +240,3 @@ def run(args: argparse.Namespace) -> int:
     )
     save_pack(pack, args.out)
     print(f"Pack written to {args.out}.")
-    return 0

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -26,10 +25,11 @@ from tapt.attacks import AttackConfig, Classifier, attack_images
 from tapt.backbone import Backbone, load_backbone
 from tapt.data import LabelledImages, in_memory, load_data
 from tapt.errors import InputError
+from tapt.files import write_file
 from tapt.images import to_float
-from tapt.options import DownloadBar, add_backbone_options, fraction
+from tapt.options import DownloadBar, add_backbone_options, add_checkpoint_options, fraction
 from tapt.pack import Pack, base_model, save_pack
-from tapt.processes import start_processes
+from tapt.processes import save_checkpoint, start_processes
 from tapt.prompts import (
     ClassTexts,
     PromptConfig,
@@ -42,7 +42,7 @@ from tapt.towers import encode_image
 from tapt.tuning import TuneConfig
 from tapt.views import random_view
 
-CHECKPOINT, LOG = "checkpoint.pt", "train.jsonl"
+CHECKPOINT, LOG = "prompts.ckpt", "train.jsonl"
 
 
 @dataclass(frozen=True)
@@ -260,23 +260,25 @@ class Trainer:
             self.best = {k: v.detach().clone() for k, v in self.prompts.tensors.items()}
 
     def save(self, path: Path) -> None:
-        """Writes a checkpoint aside, then renames it."""
+        """Writes a checkpoint."""
         state = {
             "prompts": {k: v.detach() for k, v in self.prompts.tensors.items()},
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "best": self.best,
             "best_score": self.best_score,
-            "config": json.dumps(asdict(self.config)),
+            "settings": self._settings(),
         }
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        os.replace(temporary, path)
+        save_checkpoint(state, path)
+
+    def _settings(self) -> str:
+        made = asdict(self.config), self.prompts.config.to_dict(), self.backbone.sha256
+        return json.dumps([*made, self.data.classes])
 
     def load(self, path: Path) -> None:
         """Goes on from a checkpoint of the same settings."""
         state = torch.load(path, weights_only=True, map_location=self.backbone.device)
-        if json.loads(state["config"]) != asdict(self.config):
+        if state["settings"] != self._settings():
             raise InputError(
                 f"{path.name} was written with other settings; use them or start anew."
             )
@@ -292,7 +294,7 @@ def _answers(classifier: Classifier, pixels: Tensor) -> Tensor:
     return classifier(to_float(pixels.to(classifier.backbone.device))).argmax(-1)
 
 
-def training_rows(trainer: Trainer, checkpoint: Path, minutes: float = 3.0) -> Iterator[dict]:
+def training_rows(trainer: Trainer, checkpoint: Path, minutes: float) -> Iterator[dict]:
     """Trains to the end, yields one log row per epoch, and keeps the checkpoint fresh."""
     began = saved = time.time()
     losses: list[float] = []
@@ -348,7 +350,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--validation", type=float, default=default.validation)
     parser.add_argument("--precision", default=default.precision, choices=("float32", "bfloat16"))
     parser.add_argument("--seed", type=int, default=default.seed)
-    parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+    add_checkpoint_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -371,14 +373,23 @@ def run(args: argparse.Namespace) -> int:
     checkpoint = args.out / CHECKPOINT
     if args.resume and checkpoint.exists():
         trainer.load(checkpoint)
-    for row in training_rows(trainer, checkpoint):
+    if state.is_main_process:
+        _trim_log(args.out / LOG, trainer.step)
+    for row in training_rows(trainer, checkpoint, args.checkpoint_minutes):
         if state.is_main_process:
-            with open(args.out / LOG, "a" if row["epoch"] > 1 else "w", encoding="utf-8") as log:
+            with open(args.out / LOG, "a", encoding="utf-8") as log:
                 log.write(json.dumps(row) + "\n")
             tqdm.write(json.dumps(row))
     if state.is_main_process:
         _write_prompts(trainer, args.out)
     return 0
+
+
+def _trim_log(log: Path, step: int) -> None:
+    """Drops rows that a resumed run will write again."""
+    lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
+    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    write_file(log, "".join(line + "\n" for line in kept).encode())
 
 
 def _write_prompts(trainer: Trainer, out: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -331,13 +332,20 @@ def view_logits(
     return torch.cat(rows).view(images, count, -1)
 
 
-def images_per_pass(backbone: Backbone, config: TuneConfig, texts: ClassTexts) -> int:
-    """Images that are tuned at once: about 8,000 tokens with gradients, the class sentences
-    counted where every image has text prompts of its own."""
+def tokens_per_image(backbone: Backbone, config: TuneConfig, texts: ClassTexts) -> int:
+    """Tokens that one image passes with gradients, in units of the image tower's; the class
+    sentences count where every image has text prompts of its own."""
     tokens = kept_views_count(config.views, config.keep) * backbone.image_tokens
     if texts.fixed is None:
-        tokens += texts.tokens.numel()
-    return max(1, 8192 // tokens)
+        share = backbone.text_width * backbone.text_blocks
+        share /= backbone.visual_width * backbone.visual_blocks
+        tokens += math.ceil(texts.tokens.numel() * share)
+    return tokens
+
+
+def images_per_pass(backbone: Backbone, config: TuneConfig, texts: ClassTexts) -> int:
+    """Images that are tuned at once: about 8,000 tokens with gradients."""
+    return max(1, 8192 // tokens_per_image(backbone, config, texts))
 
 
 def views_per_pass(backbone: Backbone) -> int:

@@ -22,6 +22,7 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from loopback import LoopbackHub
 from safetensors.torch import save_file
 
 from tapt.backbone import Backbone, load_backbone
@@ -88,6 +89,28 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def toy(toy_folder: Path) -> Backbone:
     return load_backbone(f"local-dir:{toy_folder}", device="cpu")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub]:
+    """A Hub on this computer that the client is set to, with an empty cache of its own."""
+    loopback = LoopbackHub({"hf_owner": "owner", "hf_other": "other"})
+    settings = {
+        "ENDPOINT": loopback.url,
+        "HUGGINGFACE_CO_URL_TEMPLATE": loopback.url + "/{repo_id}/resolve/{revision}/{filename}",
+        "HF_HUB_CACHE": str(tmp_path / "cache"),
+        "HF_HUB_OFFLINE": False,
+    }
+    for name, value in settings.items():
+        monkeypatch.setattr(f"huggingface_hub.constants.{name}", value)
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "token"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    yield loopback
+    loopback.stop()
+
+
+def folder_files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
 def reference_weights(entries: list[dict]) -> dict[str, torch.Tensor]:

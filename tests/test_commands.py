@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 from safetensors.torch import load_file
 
 from tapt.__main__ import main
 from tapt.backbone import Backbone
-from tapt.evaluate import wilson
+from tapt.errors import InputError
 from tapt.pack import load_pack
-from tapt.statistics import empty_moments, token_moments
+from tapt.statistics import Checkpoint, empty_moments, token_moments
 from tapt.towers import encode_image
-from tapt.train import LOG
+from tapt.train import CHECKPOINT, LOG
 
 CLASSES = ["bird", "cat", "frog"]
 
@@ -110,10 +115,70 @@ def test_resume_goes_on_to_the_same_result(
     assert all(torch.equal(resumed[key], whole[key]) for key in whole)
 
 
-def test_resume_refuses_other_settings(train_arguments: list[str], trained: Path, capsys):
-    out = ["--out", str(trained / "adversarial"), "--resume", "--seed", "5"]
+@pytest.mark.parametrize("other", ["--seed 5", "--tokens 1"])
+def test_resume_refuses_other_settings(
+    other: str, train_arguments: list[str], trained: Path, capsys
+):
+    out = ["--out", str(trained / "adversarial"), "--resume", *other.split()]
     assert main([*train_arguments, *out]) == 2
     assert "other settings" in capsys.readouterr().err
+
+
+def kill_after(arguments: list[str], checkpoint: Path) -> None:
+    """Starts a command, and kills it as soon as it has written its first checkpoint."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tapt", *arguments, "--checkpoint-minutes", "0"],
+        cwd=ROOT,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.001)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+
+
+def test_train_killed_and_resumed(train_arguments: list[str], tmp_path: Path):
+    long = [*train_arguments, "--epochs", "30"]
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    kill_after([*long, "--out", str(killed)], killed / CHECKPOINT)
+    assert not (killed / "config.json").exists()
+    assert main([*long, "--out", str(killed), "--resume"]) == 0
+    assert main([*long, "--out", str(whole)]) == 0
+    resumed, uninterrupted = (load_file(p / "prompts.safetensors") for p in (killed, whole))
+    assert all(torch.equal(resumed[key], uninterrupted[key]) for key in uninterrupted)
+    rows = [json.loads(line) for line in (killed / LOG).read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == list(range(1, 31))
+
+
+def test_statistics_killed_and_resumed(pack: Path, trained: Path, toy_folder: Path, tmp_path: Path):
+    random = np.random.RandomState(1)
+    for name in CLASSES:
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(500):  # several batches
+            pixels = random.randint(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "data" / name / f"{i}.ppm")
+    arguments = (
+        f"statistics --backbone local-dir:{toy_folder} --device cpu --data {tmp_path / 'data'} "
+        f"--adversarial {trained / 'adversarial'} --clean {trained / 'clean'}"
+    ).split()
+    killed, whole = tmp_path / "killed", tmp_path / "whole"
+    kill_after([*arguments, "--out", str(killed)], killed / "adversarial-0.ckpt")
+    assert not (killed / "config.json").exists()
+    assert main([*arguments, "--out", str(killed), "--resume"]) == 0
+    assert main([*arguments, "--out", str(whole)]) == 0
+    for name in ("statistics.safetensors", "prompts.safetensors"):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert not list(killed.glob("*.ckpt"))
+
+
+def test_statistics_refuse_a_checkpoint_of_other_images(toy: Backbone, pack: Path, tmp_path: Path):
+    prompts = load_pack(pack, toy).prompts
+    images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
+    checkpoint = Checkpoint(tmp_path / "part.ckpt", resume=True)
+    token_moments(toy, prompts, images, checkpoint=checkpoint)
+    with pytest.raises(InputError, match="other prompts or images"):
+        token_moments(toy, prompts, images + 1, checkpoint=checkpoint)
 
 
 def test_statistics_in_two_parts_equal_two_passes(toy: Backbone, pack: Path):
@@ -224,61 +289,3 @@ def test_predict_says_what_is_wrong(options, sentence, picture, toy_folder, caps
     error = capsys.readouterr().err
     assert sentence in error
     assert "Traceback" not in error
-
-
-def evaluate(data: Path, pack: Path, toy_folder: Path, out: Path, *options: str) -> int:
-    arguments = (
-        f"evaluate --data {data} --backbone local-dir:{toy_folder} --device cpu --pack {pack} "
-        f"--threats clip,static --attack pgd --epsilon 2/255,200/255 --steps 4 --out {out}"
-    )
-    return main([*arguments.split(), *options])
-
-
-def test_evaluate(data: Path, pack: Path, toy_folder: Path, tmp_path: Path, capsys):
-    defenses = "clip,static,ensemble,tapt,random-start"
-    options = ["--defenses", defenses, "--limit", "9", "--batch-size", "4"]
-    assert evaluate(data, pack, toy_folder, tmp_path / "out", *options) == 0
-    assert "95 % interval" in capsys.readouterr().out
-    results = json.loads((tmp_path / "out" / "results.json").read_text())
-    rows = {(r["defense"], r["threat"], r["epsilon_255"]): r for r in results["rows"]}
-    assert len(rows) == 5 * 2 * 2
-    assert all(row["n"] == 9 for row in rows.values())
-    for row in rows.values():
-        assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
-        assert row["seconds_per_image"] > 0
-    for name in ("clip", "static"):  # an attack that may change almost anything leaves nothing
-        assert rows[name, name, 200]["accuracy"] <= 0.12
-    outcomes = [
-        json.loads(x) for x in (tmp_path / "out" / "outcomes.jsonl").read_text().split("\n") if x
-    ]
-    assert len(outcomes) == 9 * 5
-    assert max(o["linf_255"] for o in outcomes if o["condition"].endswith(" 2/255")) == 2
-    recount = sum(
-        o["answers"]["tapt"] == o["label"] for o in outcomes if o["condition"] == "static pgd 2/255"
-    )
-    assert rows["tapt", "static", 2]["accuracy"] == pytest.approx(recount / 9)
-
-
-def test_evaluate_does_not_depend_on_other_defenses(data, pack, toy_folder, tmp_path):
-    options = ["--limit", "6", "--batch-size", "3"]
-    evaluate(data, pack, toy_folder, tmp_path / "a", *options, "--defenses", "tapt")
-    evaluate(data, pack, toy_folder, tmp_path / "b", *options, "--defenses", "clip,tapt")
-    told = [
-        [json.loads(x)["answers"]["tapt"] for x in (tmp_path / name / "outcomes.jsonl").open()]
-        for name in "ab"
-    ]
-    assert told[0] == told[1]
-
-
-def test_evaluate_refuses_unknown_names(data, pack, toy_folder, tmp_path, capsys):
-    assert evaluate(data, pack, toy_folder, tmp_path, "--defenses", "clip,magic") == 2
-    assert "'magic' is unknown" in capsys.readouterr().err
-
-
-def test_wilson_interval():
-    assert wilson(0, 0) == (0.0, 1.0)
-    low, high = wilson(50, 100)  # by hand from the formula
-    assert low == pytest.approx(0.40383, abs=1e-5)
-    assert high == pytest.approx(0.59617, abs=1e-5)
-    assert wilson(0, 10)[0] == 0.0
-    assert wilson(10, 10)[1] == pytest.approx(1.0)

@@ -342,7 +342,8 @@ def test_phone_never_scrolls_sideways(page: Page):
     ("arguments", "message"),
     [
         (["--backbone", "nothing-of-the-kind"], "unknown"),
-        (["--pack", "no/such/pack"], "no/such"),
+        (["--pack", "no-such-pack"], "There is no pack"),
+        (["--pack", "no/such/pack"], "no/such is not in the local cache, and offline mode is on"),
         (["--device", "abacus"], "no device 'abacus'"),
         (["--port", "seven"], "whole number from 1 to 65535"),
         (["--mcp"], 'pip install "gradio[mcp]"'),

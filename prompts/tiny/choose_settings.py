@@ -33,25 +33,32 @@ from tapt.tuning import TuneConfig, tune
 from tapt.views import make_views
 
 
-def kept_views(defender: Defender, pixels: Tensor, config: TuneConfig, first: int) -> Tensor:
-    """The most confident views of each image under the static prompts, (M, K, 3, S, S)."""
-    backbone, prompts = defender.backbone, defender.pack.prompts
-    rows = []
+def scored_views(
+    defender: Defender, pixels: Tensor, count: int, first: int
+) -> tuple[Tensor, Tensor]:
+    """Views (M, V, 3, S, S) of each image and their logits under the static prompts, (M, V, C)."""
+    views, scores = [], []
     for i, image in enumerate(to_float(pixels)):
         generator = torch.Generator().manual_seed(first + i)
-        views = make_views(image, config.views, generator=generator)
+        views.append(make_views(image, count, generator=generator))
         with torch.no_grad():
-            scores = entropy(logits(backbone, views, defender.static_features, prompts))
-        rows.append(views[select_views(scores, config.keep)])
-    return torch.stack(rows)
+            text, prompts = defender.static_features, defender.pack.prompts
+            scores.append(logits(defender.backbone, views[-1], text, prompts))
+    return torch.stack(views), torch.stack(scores)
 
 
-def answers(defender: Defender, kept: Tensor, pixels: Tensor, config: TuneConfig) -> Tensor:
+def kept_rows(scores: Tensor, config: TuneConfig) -> tuple[Tensor, Tensor]:
+    """Index of the kept views of each image, as `scores[kept_rows(...)]` takes it."""
+    kept = select_views(entropy(scores[:, : config.views]), config.keep)
+    return torch.arange(len(scores))[:, None], kept
+
+
+def answers(defender: Defender, kept_views: Tensor, pixels: Tensor, config: TuneConfig) -> Tensor:
     """TAPT's answers, (M,), when the views are selected already."""
     tuned = tune(
         defender.backbone,
         defender.pack.prompts,
-        kept,
+        kept_views,
         defender.prompted,
         statistics=defender.pack.statistics,
         config=config.updated(keep=1.0),
@@ -61,6 +68,10 @@ def answers(defender: Defender, kept: Tensor, pixels: Tensor, config: TuneConfig
         return logits(defender.backbone, to_float(pixels), text, tuned.prompts).argmax(-1)
 
 
+def numbers(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", required=True, help="the training data, as for the prompts")
@@ -68,12 +79,17 @@ def main() -> None:
     parser.add_argument("--pack", required=True)
     parser.add_argument("--validation", type=float, default=0.02, help="as for the prompts")
     parser.add_argument("--epsilon", type=fraction, default=2 / 255)
-    parser.add_argument("--steps", type=int, default=10, help="attack steps")
+    parser.add_argument("--attack-steps", type=int, default=10)
     parser.add_argument("--limit", type=int, default=200)
-    parser.add_argument("--lr", default="0.0005,0.002,0.005,0.01,0.02")
-    parser.add_argument("--alignment-weight", default="0,10,100")
-    parser.add_argument("--alpha", default="0.5")
-    parser.add_argument("--tune-steps", default="1")
+    for name, values in (
+        ("lr", "0.0005,0.002,0.005,0.01,0.02"),
+        ("alignment-weight", "0,10,100"),
+        ("alpha", "0.5"),
+        ("steps", "1"),
+        ("views", "64"),
+        ("keep", "0.1"),
+    ):
+        parser.add_argument(f"--{name}", type=numbers, default=numbers(values), help="by commas")
     args = parser.parse_args()
 
     backbone = load_backbone(args.backbone)
@@ -82,16 +98,16 @@ def main() -> None:
     images, labels = data.held_images[: args.limit], data.held_labels[: args.limit]
     defender = make_defender(backbone, load_pack(args.pack, backbone), data.classes)
     base = defender.pack.test_time
-    grid = [
-        base.updated(lr=lr, alignment_weight=weight, alpha=alpha, steps=int(steps))
-        for lr, weight, alpha, steps in itertools.product(
-            *(
-                [float(v) for v in text.split(",")]
-                for text in (args.lr, args.alignment_weight, args.alpha, args.tune_steps)
-            )
-        )
+    fields = ("lr", "alignment_weight", "alpha", "steps", "views", "keep")
+    settings = [
+        dict(zip(fields, values, strict=True))
+        for values in itertools.product(*(getattr(args, field) for field in fields))
     ]
-    attack = AttackConfig("pgd", args.epsilon, args.steps)
+    for row in settings:
+        row["steps"], row["views"] = int(row["steps"]), int(row["views"])
+    grid = [base.updated(**row) for row in settings]
+    most_views = max(config.views for config in grid)
+    attack = AttackConfig("pgd", args.epsilon, args.attack_steps)
     right = torch.zeros(len(grid) + 2, 3)  # rows: settings, then static and ensemble
     for start in range(0, len(images), 20):
         pixels, truth = images[start : start + 20], labels[start : start + 20]
@@ -99,21 +115,15 @@ def main() -> None:
             seen = pixels
             if threat is not None:
                 seen = attack_images(defender.classifier(threat), pixels, truth, attack)
-            kept = kept_views(defender, seen, base, start)
-            told = [answers(defender, kept, seen, config) for config in grid]
+            views, scores = scored_views(defender, seen, most_views, start)
+            told = [
+                answers(defender, views[kept_rows(scores, config)], seen, config) for config in grid
+            ]
             told.append(defender.static(seen).argmax(-1))
-            with torch.no_grad():
-                flat = logits(
-                    backbone, kept.flatten(0, 1), defender.static_features, defender.pack.prompts
-                )
-            told.append(mean_probability(flat.view(*kept.shape[:2], -1)).argmax(-1))
+            told.append(mean_probability(scores[kept_rows(scores, base)]).argmax(-1))
             right[:, column] += torch.stack([(t == truth).sum() for t in told])
         print(f"{start + len(pixels)}/{len(images)} images", file=sys.stderr)
     right /= len(images)
-    names = [
-        {key: getattr(config, key) for key in ("lr", "alignment_weight", "alpha", "steps")}
-        for config in grid
-    ]
     table = [
         {
             "settings": name,
@@ -122,7 +132,7 @@ def main() -> None:
             "static": round(float(row[2]), 4),
             "mean": round(float(row.mean()), 4),
         }
-        for name, row in zip([*names, "static prompts", "untuned ensemble"], right, strict=True)
+        for name, row in zip([*settings, "static prompts", "untuned ensemble"], right, strict=True)
     ]
     for row in sorted(table, key=lambda row: -row["mean"]):
         print(json.dumps(row))

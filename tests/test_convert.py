@@ -1,0 +1,305 @@
+"""Checkpoints of the method's research code become packs; nothing in them is executed."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from collections import OrderedDict
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_reference import ENTRIES, PREFIX, SPEC, backbone, close, tensors  # noqa: F401
+
+from tapt.__main__ import main
+from tapt.backbone import Backbone
+from tapt.checkpoint import Placeholder, StoredTensor, read_checkpoint
+from tapt.errors import PackError
+from tapt.pack import load_pack
+from tapt.prompts import class_texts, image_logits
+from tapt.towers import encode_image
+
+STATISTICS = ("means", "vars", "means_clean", "vars_clean")
+
+
+def research_state(prefix: str, clip: Backbone) -> dict[str, torch.Tensor]:
+    """A whole `state_dict` as the research code saves it: prompts, CLIP and buffers."""
+    start = f"{prefix}prompt."
+    values = load_file(PREFIX + ".safetensors")
+    prompts = {k.removeprefix(start): v for k, v in values.items() if k.startswith(start)}
+    own = dict(clip.model.state_dict())
+    image = {f"image_encoder.{k[7:]}": v for k, v in own.items() if k.startswith("visual.")}
+    parts = ("transformer.", "positional", "ln_final", "text_projection")
+    text = {f"text_encoder.{k}": v for k, v in own.items() if k.startswith(parts)}
+    width = clip.text_width
+    buffers = {
+        "prompt_learner.token_prefix": torch.zeros(3, 1, width),
+        "prompt_learner.token_suffix": torch.zeros(3, 74, width),
+        "logit_scale": own["logit_scale"],
+    }
+    return {**image, **text, **buffers, **prompts}
+
+
+def save_checkpoint(path: Path, state: dict) -> Path:
+    """With the optimiser and the pickled scheduler that training leaves beside the weights."""
+    weights = [torch.nn.Parameter(torch.zeros(2))]
+    optimizer = torch.optim.SGD(weights, lr=0.1, momentum=0.9)
+    weights[0].sum().backward()
+    optimizer.step()
+    content = {
+        "state_dict": state,
+        "epoch": 50,
+        "optimizer": optimizer.state_dict(),
+        "scheduler": torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 10),
+        "val_result": None,
+    }
+    torch.save(content, path)
+    return path
+
+
+@pytest.fixture
+def research(tmp_path: Path, backbone: Backbone):  # noqa: F811
+    """Makes the files of one reference entry, and the command that reads them."""
+
+    def make(prefix: str, change=lambda state: None) -> list[str]:
+        state = research_state(prefix, backbone)
+        change(state)
+        save_checkpoint(tmp_path / "model.pth.tar-50", state)
+        expected = load_file(PREFIX + ".safetensors")
+        for name in STATISTICS:
+            torch.save(expected[f"{prefix}target.{name}"], tmp_path / f"{name}.pt")
+        return [
+            "convert",
+            str(tmp_path / "model.pth.tar-50"),
+            *("--design", SPEC[prefix]["design"]),
+            *("--base-model", backbone.name),
+            *("--statistics", *(str(tmp_path / f"{name}.pt") for name in STATISTICS)),
+            *("--out", str(tmp_path / "pack")),
+        ]
+
+    return make
+
+
+def entry(design: str) -> str:
+    return next(key for key in ENTRIES if SPEC[key]["design"] == design)
+
+
+@pytest.mark.parametrize("prefix", ENTRIES)
+def test_a_converted_pack_gives_the_reference_logits(
+    prefix: str,
+    research,
+    backbone: Backbone,  # noqa: F811
+    tensors,  # noqa: F811
+    tmp_path: Path,
+):
+    assert main(research(prefix)) == 0
+    pack = load_pack(tmp_path / "pack", backbone)
+    config, spec = pack.prompts.config, SPEC[prefix]
+    assert (config.design, config.tokens) == (spec["design"], spec["n_ctx"])
+    assert config.visual_depth == spec["depth"]
+    texts = class_texts(backbone, spec["classes"], config)
+    views = tensors[f"{prefix}views"]
+    features, _ = encode_image(backbone, views, pack.prompts.visual())
+    logits = image_logits(backbone, features, texts.features(backbone, pack.prompts))
+    close(logits, tensors[f"{prefix}logits"], absolute=2e-4)
+    for part, suffix in (("adversarial", ""), ("clean", "_clean")):
+        statistics = getattr(pack.statistics, part)
+        assert torch.equal(statistics.mean, tensors[f"{prefix}target.means{suffix}"])
+        assert torch.equal(statistics.var, tensors[f"{prefix}target.vars{suffix}"])
+
+
+def test_plain_pytorch_refuses_these_files(research, tmp_path: Path):
+    research(ENTRIES[0])
+    with pytest.raises(pickle.UnpicklingError):
+        torch.load(tmp_path / "model.pth.tar-50", weights_only=True)
+
+
+def half(state: dict) -> None:
+    for key in list(state):
+        state[f"module.{key}"] = torch.nn.Parameter(state.pop(key).half())
+
+
+def test_half_precision_and_data_parallel_names(research, backbone: Backbone, tmp_path):  # noqa: F811
+    prefix = entry("VLI")
+    assert main(research(prefix, half)) == 0
+    original = load_file(PREFIX + ".safetensors")[f"{prefix}prompt.prompt_learner.ctx"]
+    loaded = load_pack(tmp_path / "pack", backbone).prompts.tensors["text"][0]
+    assert torch.equal(loaded, original.half().float())
+
+
+CHANGES = {
+    "missing": (
+        "VLI",
+        lambda s: (
+            s.pop("prompt_learner.ctx"),
+            s.pop("text_encoder.transformer.resblocks.2.VPT_shallow"),
+        ),
+        ["lacks prompt_learner.ctx"],
+    ),
+    "first-missing": ("V", lambda s: s.pop("image_encoder.VPT"), ["lacks image_encoder.VPT"]),
+    "gap": (
+        "V",
+        lambda s: s.pop("image_encoder.transformer.resblocks.1.VPT_shallow"),
+        ["unknown parameters", "image_encoder.transformer.resblocks.2.VPT_shallow"],
+    ),
+    "unknown": (
+        "VLJ",
+        lambda s: s.update({"prompt_learner.extra": torch.zeros(1), "zebra": torch.zeros(1)}),
+        ["unknown parameters for design VLJ: prompt_learner.extra, zebra."],
+    ),
+    "shape": (
+        "V",
+        lambda s: s.update({k: v[:, :5] for k, v in s.items() if "VPT" in k}),
+        ["visual must have shape", "got (3, 2, 5)"],
+    ),
+    "uneven": (
+        "V",
+        lambda s: s.update({"image_encoder.VPT": s["image_encoder.VPT"][:1]}),
+        ["do not fit together"],
+    ),
+    "nan": (
+        "V",
+        lambda s: s.update({"image_encoder.VPT": s["image_encoder.VPT"] * float("nan")}),
+        ["visual has values that are not finite"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CHANGES)
+def test_what_is_wrong_with_a_checkpoint_is_listed(research, tmp_path, capsys, case: str):
+    design, change, sentences = CHANGES[case]
+    assert main(research(entry(design), change)) == 2
+    error = capsys.readouterr().err
+    assert all(sentence in error for sentence in sentences), error
+    assert not (tmp_path / "pack").exists()
+
+
+def test_a_checkpoint_of_another_design(research, capsys):
+    command = research(entry("VLI"))
+    command[command.index("VLI")] = "VLJ"
+    assert main(command) == 2
+    assert "unknown parameters for design VLJ" in capsys.readouterr().err
+
+
+def test_statistics_of_another_shape(research, tmp_path, capsys):
+    command = research(entry("V"))
+    torch.save(torch.zeros(4, 17, 128), tmp_path / "vars.pt")
+    assert main(command) == 2
+    assert "adversarial.var must have shape" in capsys.readouterr().err
+    torch.save({"vars": torch.zeros(4, 17, 128)}, tmp_path / "vars.pt")
+    assert main(command) == 2
+    assert "'vars.pt' is not a file of one tensor" in capsys.readouterr().err
+
+
+class Malice:
+    """Writes a file when unpickled, by any of the ways that a pickle has."""
+
+    def __init__(self, function, *arguments: object) -> None:
+        self.reduced = function, arguments
+
+    def __reduce__(self):
+        return self.reduced
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path):
+    target = tmp_path / "executed"
+    malice = [
+        Malice(os.system, f"touch {target}"),
+        Malice(eval, f"open({str(target)!r}, 'w')"),
+        Malice(exec, f"open({str(target)!r}, 'w')"),
+        Malice(getattr, Malice(__import__, "os"), "system"),
+        Malice(torch.load, str(target)),
+        Malice(Path.touch, target),
+    ]
+    path = tmp_path / "bad.pth"
+    torch.save({"state_dict": {"a": torch.ones(2)}, "other": malice}, path)
+    content = read_checkpoint(path)
+    assert not target.exists()
+    assert torch.equal(content["state_dict"]["a"].read(), torch.ones(2))
+    assert all(isinstance(item, Placeholder) for item in content["other"])
+    pickle.loads(pickle.dumps(malice[1:2]))
+    assert target.exists()  # what the standard reader makes of it
+
+
+def raw(path: Path, pickled: bytes, data: bytes = b"\x00" * 16, **options: int) -> Path:
+    with zipfile.ZipFile(path, "w", **options) as archive:
+        archive.writestr("x/data.pkl", pickled)
+        archive.writestr("x/data/0", data)
+    return path
+
+
+def test_pickles_that_reach_for_more(tmp_path: Path):
+    target = tmp_path / "executed"
+    for pickled in (
+        f"cos\nsystem\n(S'touch {target}'\ntR.".encode(),
+        f"(S'touch {target}'\nios\nsystem\n.".encode(),
+        f"(cos\nsystem\nS'touch {target}'\no.".encode(),
+        b"\x80\x04\x8c\x05torch\x8c\x13_utils.os.system.xx\x93.",
+        b"ctorch._utils\n_rebuild_tensor_v2\n}S'__defaults__'\nI1\ns\x86b.",
+        b"ccollections\nOrderedDict\n}S'update'\nI1\nsb.",
+    ):
+        with suppress(PackError):
+            read_checkpoint(raw(tmp_path / "x.pth", pickled))
+        assert not target.exists()
+    assert OrderedDict(a=1) == {"a": 1}
+
+
+def stored(size: tuple, stride: tuple, offset: int = 0) -> bytes:
+    class Named:
+        def __reduce__(self):
+            return torch._utils._rebuild_tensor_v2, (self, offset, size, stride, False, {})
+
+    out = io.BytesIO()
+
+    class Writer(pickle.Pickler):
+        seen = False
+
+        def persistent_id(self, item):
+            if isinstance(item, Named) and self.seen:
+                return ("storage", torch.FloatStorage, "0", "cpu", 4)
+            self.seen |= isinstance(item, Named)
+            return None
+
+    Writer(out, protocol=2).dump(Named())
+    return out.getvalue()
+
+
+def test_tensors_stay_inside_their_storage(tmp_path: Path):
+    whole = read_checkpoint(raw(tmp_path / "x.pth", stored((2, 2), (2, 1))))
+    assert isinstance(whole, StoredTensor)
+    assert torch.equal(whole.read(), torch.zeros(2, 2))
+    for wrong in (
+        ((5,), (1,)),
+        ((2,), (9,)),
+        ((2,), (1,), 3),
+        ((10**6, 10**6), (0, 0)),
+        ((-1,), (1,)),
+    ):
+        with pytest.raises(PackError, match="is not a whole checkpoint"):
+            read_checkpoint(raw(tmp_path / "x.pth", stored(*wrong))).read()
+
+
+def test_files_that_are_no_checkpoints(tmp_path: Path):
+    path = tmp_path / "x.pth"
+    with pytest.raises(PackError, match=r"There is no file 'x\.pth'"):
+        read_checkpoint(path)
+    torch.save({"a": torch.ones(2)}, path)
+    whole = path.read_bytes()
+    torch.save({"a": 1}, path, _use_new_zipfile_serialization=False)
+    old = path.read_bytes()
+    packed = raw(path, pickle.dumps(1), compression=zipfile.ZIP_DEFLATED).read_bytes()
+    for content in (b"", b"hello", whole[:-30], old, packed, raw(path, b"").read_bytes()):
+        path.write_bytes(content)
+        with pytest.raises(PackError, match=r"'x\.pth' is not a whole checkpoint in the zip"):
+            read_checkpoint(path)
+
+
+def test_a_checkpoint_without_a_state_dict(research, tmp_path, capsys):
+    command = research(entry("V"))
+    torch.save([1, 2], tmp_path / "model.pth.tar-50")
+    assert main(command) == 2
+    assert "'model.pth.tar-50' has no state_dict" in capsys.readouterr().err
