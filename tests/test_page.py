@@ -215,6 +215,31 @@ def test_damaged_link_opens_the_start_page_with_a_word(page: Page, server: str):
     expect(page.locator("#preview img")).to_be_visible()
 
 
+def test_sweep_draws_every_curve_and_can_be_stopped(page: Page):
+    page.get_by_role("tab", name="Sweep").click()
+    page.get_by_label("Largest epsilon").fill("4")
+    page.get_by_label("Step").last.fill("2")
+    go = page.get_by_role("button", name="Run the sweep")
+    go.click()
+    expect(page.locator("#sweep-status")).to_contain_text("Finished")
+    curves = page.locator("#curves")
+    for index in range(4):
+        assert curves.locator(f".t-line-{index} circle").count() == 3  # 0, 2 and 4
+    curves.get_by_text("As numbers").click()
+    assert curves.locator("tbody th").all_inner_texts() == ["0", "2", "4"]
+    expect(curves).to_contain_text("vanilla CLIP's own answer to the original")
+    expect(page.locator("#published")).to_contain_text("published")
+    page.get_by_label("Largest epsilon").fill("16")
+    page.get_by_label("Step").last.fill("1")
+    go.click()
+    expect(curves.locator(".t-line-0 circle").first).to_be_visible()
+    page.locator("#sweep .t-stop").click()
+    expect(page.locator("#sweep-status")).to_contain_text("Stopped")
+    page.wait_for_timeout(1500)
+    assert 1 <= curves.locator(".t-line-0 circle").count() < 17
+    expect(page.locator("#sweep .t-stop")).to_be_hidden()
+
+
 def test_example_fills_the_inputs_and_warns_about_unknown_classes(page: Page):
     note = page.locator("#classes-note")
     expect(note).to_contain_text("deer, dog, frog, horse, ship and truck")
@@ -238,7 +263,7 @@ def test_stop_ends_the_run_and_keeps_results(page: Page):
              if (!document.querySelector('#answers .t-table')) return;
              if (!document.querySelector('#status progress')) return;
              watcher.disconnect();
-             document.querySelector('#stop').click();
+             document.querySelector('#results .t-stop').click();
            }).observe(document.querySelector('#results'), {childList: true, subtree: true})"""
     )
     run(page)
@@ -247,7 +272,7 @@ def test_stop_ends_the_run_and_keeps_results(page: Page):
     expect(page.locator("#status")).to_contain_text("Stopped")
     expect(page.locator("#answers")).to_contain_text("Vanilla CLIP")
     expect(page.locator("#answers").get_by_text("no answer yet").first).to_be_visible()
-    expect(page.locator("#stop")).to_be_hidden()
+    expect(page.locator("#results .t-stop")).to_be_hidden()
     finish(page)
     assert page.locator("#answers").get_by_text("no answer yet").count() == 0
 
@@ -308,6 +333,13 @@ def test_keyboard_alone_runs_and_stops_nowhere_else(page: Page):
     expect(page.locator("#status")).to_contain_text("Finished")
 
 
+def sweep(page: Page) -> None:
+    page.get_by_role("tab", name="Sweep").click()
+    page.get_by_label("Largest epsilon").fill("1")
+    page.get_by_role("button", name="Run the sweep").click()
+    expect(page.locator("#sweep-status")).to_contain_text("Finished")
+
+
 def unfold_all(page: Page) -> None:
     for name in ("More about the attack", "Defence", "What TAPT did", "All numbers as JSON"):
         unfold(page, name)
@@ -318,7 +350,12 @@ def unfold_all(page: Page) -> None:
     "page", [{"color_scheme": "light"}, {"color_scheme": "dark", **PHONE}], indirect=True
 )
 def test_nothing_for_axe_to_complain_about(page: Page):
-    for state in (lambda: None, lambda: finish(page), lambda: unfold_all(page)):
+    for state in (
+        lambda: None,
+        lambda: finish(page),
+        lambda: unfold_all(page),
+        lambda: sweep(page),
+    ):
         state()
         page.wait_for_timeout(500)  # colours fade
         found = Axe().run(page, options=WCAG)
@@ -333,9 +370,10 @@ def test_phone_never_scrolls_sideways(page: Page):
     finish(page)
     assert not page.evaluate(too_wide)
     expect(page.locator("#slider img").first).to_be_visible()
-    unfold_all(page)
-    page.wait_for_timeout(500)
-    assert not page.evaluate(too_wide)
+    for state in (unfold_all, sweep):
+        state(page)
+        page.wait_for_timeout(500)
+        assert not page.evaluate(too_wide)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import sys
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from PIL import Image
 
 import tapt.ui
 from tapt.errors import InputError, PackError, TaptError
-from tapt.ui import inputs, links
+from tapt.ui import inputs, links, render
 from tapt.ui.handlers import Handlers
 from tapt.ui.service import load_service
 
@@ -52,8 +53,9 @@ def client(server: str) -> Client:
 def post(server: str, endpoint: str, **values: object) -> tuple[str, object]:
     """The last event of a raw call and its data, as any HTTP client could get them."""
     given = {"image": RED, "class_names": "cat, dog", **FAST, **values}
+    fields = inputs.SWEEP_FIELDS if endpoint == "sweep" else inputs.FIELDS
     address = f"{server}/gradio_api/call/{endpoint}"
-    body = json.dumps({"data": [given.get(name) for name in inputs.FIELDS]}).encode()
+    body = json.dumps({"data": [given.get(name) for name in fields]}).encode()
     request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
     with urllib.request.urlopen(request, timeout=60) as answer:
         event = json.load(answer)["event_id"]
@@ -138,15 +140,63 @@ def test_endpoints_and_their_parameters_are_documented(server: str):
     with urllib.request.urlopen(f"{server}/gradio_api/info") as answer:
         info = json.load(answer)
     assert info["unnamed_endpoints"] == {}
-    assert {"/compare", "/analyze"} <= set(info["named_endpoints"])
+    assert set(info["named_endpoints"]) == {"/compare", "/analyze", "/sweep"}
     for entry in info["named_endpoints"].values():
         names = [parameter["parameter_name"] for parameter in entry["parameters"]]
-        assert set(names) >= set(inputs.FIELDS)
+        assert set(names) >= set(inputs.FIELDS) - {"epsilon"}
         assert all(re.search(rf"\b{name}\b", entry["description"]) for name in names)
         required = [
             p["parameter_name"] for p in entry["parameters"] if not p["parameter_has_default"]
         ]
         assert required == ["image"]
+
+
+def test_sweep_agrees_with_single_comparisons(server: str):
+    options = {"attack": "pgd", "true_class": "dog", "seed": 3}
+    kind, data = post(server, "sweep", **options, max_epsilon=4, epsilon_step=2)
+    assert kind == "complete", data
+    result = data[-1]
+    assert result["epsilons_255"] == [0, 2, 4]
+    assert result["settings"]["pack"] == analyzed(server, attack="none")["settings"]["pack"]
+    for index, (epsilon, image) in enumerate(((0, "clean"), (2, "attacked"), (4, "attacked"))):
+        single = analyzed(server, **options, epsilon=epsilon)
+        for name, curve in result["curves"].items():
+            assert curve[index]["epsilon_255"] == epsilon
+            expected = single["results"][name][image]
+            assert curve[index]["probability"] == pytest.approx(expected[1], abs=1e-5)
+            assert curve[index]["right"] == (expected[1] > expected[0])
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"attack": "none"}, "Choose an attack first"),
+        ({"attack": "cw"}, "CW knows no epsilon"),
+        ({"attack": "pgd", "max_epsilon": 0}, "Largest epsilon must be"),
+        ({"attack": "pgd", "epsilon_step": float("nan")}, "Step must be"),
+        ({"attack": "pgd", "true_class": "cat", "target": "cat"}, "is the true class already"),
+    ],
+)
+def test_sweep_refuses_in_words(server: str, values: dict, message: str):
+    kind, data = post(server, "sweep", **values)
+    assert kind == "error"
+    assert message in data["error"]
+
+
+def test_published_accuracy_is_drawn_per_attack():
+    row = {"dataset": "dev", "attack": "pgd", "steps": 20, "n": 100, "clean_accuracy": 0.9}
+    rows = [
+        {**row, "defense": d, "threat": t, "epsilon_255": e, "accuracy": 0.9 - e / 10}
+        for d in ("clip", "tapt", "random-start")
+        for t in ("clip", "adaptive")
+        for e in (4, 1)
+    ]
+    rows.append({**row, "defense": "clip", "threat": "clip", "attack": "cw", "epsilon_255": None})
+    shown = render.published(SimpleNamespace(evaluation=rows))
+    assert shown.count('<svg viewBox="0 0 440') == 2
+    assert "PGD-20 on deployed TAPT (dev)" in shown
+    assert shown.count("TAPT, 4: 50.0 %") == 2
+    assert "no published accuracy" in render.published(SimpleNamespace(evaluation=[]))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 import inspect
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
@@ -18,8 +18,9 @@ from tapt.adaptive import attack_seconds
 from tapt.attacks import ATTACKS
 from tapt.compare import Comparison, Progress, compare_steps, watched
 from tapt.defense import MAX_CLASSES, THREATS, class_names
-from tapt.errors import TaptError
+from tapt.errors import InputError, TaptError
 from tapt.images import open_image, to_picture
+from tapt.sweep import Sweep, sweep_steps
 from tapt.ui import details, inputs, known, links, on_gpu, render
 from tapt.ui.background import with_heartbeat
 from tapt.ui.service import EMBEDDED_BACKBONE, Model, Service
@@ -29,29 +30,32 @@ BROKEN = "This run failed on the server, for a reason that its log names. Please
 MODEL_FIELDS = ("backbone", "pack", "views", "keep", "tune_steps", "lr", "alpha")
 
 
-def _endpoint(function: Callable) -> Callable:
-    """Names the parameters of an API endpoint after `inputs.FIELDS`, checks the request, and shows
-    the person one sentence whatever goes wrong."""
+def _endpoint(fields: Sequence[str]) -> Callable[[Callable], Callable]:
+    """Names the parameters of an API endpoint after `fields`, checks the request, and shows the
+    person one sentence whatever goes wrong."""
 
-    def run(self: Handlers, *values: object) -> Iterator:
-        try:
-            raw = dict(zip(inputs.FIELDS, values, strict=True))
-            yield from function(self, inputs.read_request(raw, self.uploads))
-        except TaptError as error:
-            raise inputs.refusal(error) from error
-        except gr.Error:
-            raise
-        except Exception as error:
-            raise gr.Error(BROKEN) from error  # with its traceback in the log
+    def decorate(function: Callable) -> Callable:
+        def run(self: Handlers, *values: object) -> Iterator:
+            try:
+                raw = dict(zip(fields, values, strict=True))
+                yield from function(self, inputs.read_request(raw, self.uploads))
+            except TaptError as error:
+                raise inputs.refusal(error) from error
+            except gr.Error:
+                raise
+            except Exception as error:
+                raise gr.Error(BROKEN) from error  # with its traceback in the log
 
-    kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
-    names = [
-        inspect.Parameter(name, kind, default=empty if name in ("self", "image") else None)
-        for name in ("self", *inputs.FIELDS)
-    ]
-    run.__signature__ = inspect.Signature(names)
-    run.__name__, run.__doc__ = function.__name__, function.__doc__
-    return run
+        kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+        names = [
+            inspect.Parameter(name, kind, default=empty if name in ("self", "image") else None)
+            for name in ("self", *fields)
+        ]
+        run.__signature__ = inspect.Signature(names)
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        return run
+
+    return decorate
 
 
 class Handlers:
@@ -65,24 +69,18 @@ class Handlers:
     def __init__(self, service: Service, uploads: str) -> None:
         self.service = service
         self.uploads = uploads
-        self._gpu_steps, self._gpu_estimate = on_gpu(self._steps), on_gpu(self._estimate)
+        self._gpu_steps, self._gpu_sweep = on_gpu(self._steps), on_gpu(self._sweep_steps)
+        self._gpu_estimate = on_gpu(self._estimate)
 
-    @_endpoint
+    @_endpoint(inputs.FIELDS)
     def compare(self, request: inputs.Request) -> Iterator[tuple]:
         """Yields (status, verdict, answers, pictures, perturbation, details, downloads, JSON).
 
         Only changed values are sent in between; the last yield carries every one.
         """
         yield render.status("Reading the class names"), "", "", None, "", "", "", None
-        seen, phase, began = None, "", 0.0
-        for step in with_heartbeat(self._work(request)):
-            if step is None:
-                yield (gr.skip(),) * self.OUTPUTS
-                continue
-            progress, result = step
-            if progress.phase != phase:
-                phase, began = progress.phase, time.monotonic()
-            bar = render.status(phase, progress.done, progress.total, time.monotonic() - began)
+        seen = None
+        for bar, result in self._watch(request, self._gpu_steps):
             answers = None if result is None else _answers(result)
             if result is not None and result.finished:
                 break
@@ -93,21 +91,53 @@ class Handlers:
                 yield bar, *self._values(result, request)
         yield render.finished(result.seconds["total"]), *self._values(result, request)
 
-    @_endpoint
+    @_endpoint(inputs.SWEEP_FIELDS)
+    def sweep(self, request: inputs.Request) -> Iterator[tuple]:
+        """Yields (status, curves, published accuracy, JSON), filling in."""
+        if request.attack is None:
+            raise InputError("Choose an attack first: a sweep shows what more of it does.")
+        yield render.status("Reading the class names"), "", "", None
+        began, seen, published, found = time.monotonic(), None, "", None
+        for bar, found in self._watch(request, self._gpu_sweep):
+            points = None if found is None else len(found.curves["tapt"])
+            if points == seen:
+                yield bar, gr.skip(), gr.skip(), gr.skip()
+                continue
+            seen = points
+            pack = self.service.model(request.backbone, request.pack).pack
+            published = published or render.published(pack)
+            yield bar, render.sweep(found), published, found.to_dict()
+        bar = render.finished(time.monotonic() - began)
+        yield bar, render.sweep(found), published, found.to_dict()
+
+    @_endpoint(inputs.FIELDS)
     def analyze(self, request: inputs.Request) -> Iterator[dict]:
         """The JSON object of `python -m tapt predict --json`, once all is there."""
-        result = None
-        for step in with_heartbeat(self._work(request)):
-            result = step[1] if step else result
+        for _, found in self._watch(request, self._gpu_steps):
+            result = found
             yield gr.skip()
         yield result.to_dict()
 
-    def _work(
-        self, request: inputs.Request
-    ) -> Generator[tuple[Progress, Comparison | None], None, None]:
-        yield from self._load(request.backbone, request.pack)  # here, not in a fork
-        with closing(self._gpu_steps(request)) as steps:
-            yield from steps
+    def _watch(
+        self, request: inputs.Request, steps: Callable[[inputs.Request], Generator]
+    ) -> Iterator[tuple[Any, Any]]:
+        """Pairs of the status and what is there by then, nothing before the model is loaded."""
+
+        def work() -> Generator[tuple[Progress, Any], None, None]:
+            yield from self._load(request.backbone, request.pack)  # here, not in a fork
+            with closing(steps(request)) as computed:
+                yield from computed
+
+        phase, began, result = "", 0.0, None
+        for step in with_heartbeat(work()):
+            if step is None:
+                yield gr.skip(), result
+                continue
+            progress, result = step
+            if progress.phase != phase:
+                phase, began = progress.phase, time.monotonic()
+            bar = render.status(phase, progress.done, progress.total, time.monotonic() - began)
+            yield bar, result
 
     def _load(self, backbone: str, pack: str) -> Generator[tuple[Progress, None], None, Model]:
         def load(report: Callable[[int, int], None]) -> Model:
@@ -116,18 +146,29 @@ class Handlers:
         return (yield from watched("download", None, load))
 
     def _steps(self, request: inputs.Request) -> Generator[tuple[Progress, Comparison], None, None]:
+        yield from self._computed(request, compare_steps, attack=request.attack)
+
+    def _sweep_steps(
+        self, request: inputs.Request
+    ) -> Generator[tuple[Progress, Sweep], None, None]:
+        options = {"attack": request.attack, "epsilons_255": request.epsilons_255}
+        yield from self._computed(request, sweep_steps, **options)
+
+    def _computed(
+        self, request: inputs.Request, compute: Callable, **options: object
+    ) -> Generator[tuple[Progress, Any], None, None]:
         try:
             model = self.service.model(request.backbone, request.pack)
-            steps = compare_steps(
+            steps = compute(
                 self.service.defender(model, request.classes),
                 request.picture,
-                attack=request.attack,
                 threat=request.threat,
                 label=request.label,
                 target=request.target,
                 draws=DRAWS,
                 config=model.pack.test_time.updated(**request.changes),
                 seed=request.seed,
+                **options,
             )
             names = {"backbone": model.backbone_name, "pack": model.pack_name}
             with closing(steps):
@@ -277,6 +318,8 @@ def _snapshot(value: Any) -> Any:
         return value.cpu()
     if isinstance(value, dict):
         return {key: _snapshot(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return list(value)
     if is_dataclass(value):
         return replace(value, **{f.name: _snapshot(getattr(value, f.name)) for f in fields(value)})
     return value

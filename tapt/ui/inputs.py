@@ -58,6 +58,8 @@ NUMBERS = {
         None,
         False,
     ),
+    "max_epsilon": Number("Largest epsilon", 1, 16, "In 1/255; the sweep begins at 0.", 8),
+    "epsilon_step": Number("Step", 1, 8, "Between two points, in 1/255.", 1),
 }
 # what a request is made of, in the order of the API's parameters
 FIELDS = (
@@ -80,6 +82,7 @@ FIELDS = (
     "alpha",
 )
 ALL_THREATS = (*THREATS, *DEPLOYED_THREATS)
+SWEEP_FIELDS = (*(name for name in FIELDS if name != "epsilon"), "max_epsilon", "epsilon_step")
 TEXTS = {"class_names": "Class names", "true_class": "True class", "target": "Target"}
 
 
@@ -117,6 +120,7 @@ class PictureInput(gr.Image):
 class Request:
     """A checked request.
 
+    epsilons_255: of a sweep.
     changes: test-time settings that replace the pack's own; None leaves one as it is.
     values: as they came, without the picture.
     """
@@ -128,6 +132,7 @@ class Request:
     label: str | None
     target: str | None
     seed: int
+    epsilons_255: tuple[int, ...]
     backbone: str
     pack: str
     changes: dict[str, float | None]
@@ -137,7 +142,8 @@ class Request:
 def read_request(values: Mapping[str, object], uploads: str) -> Request:
     """Checks a request.
 
-    values: by the names of `FIELDS`; what is missing counts as None, and None as the default.
+    values: by the names of `FIELDS` or `SWEEP_FIELDS`; what is missing counts as None, and None
+        as the default.
     uploads: the only folder that the picture may be read from.
 
     Raises:
@@ -164,6 +170,7 @@ def read_request(values: Mapping[str, object], uploads: str) -> Request:
         read_class("true class", texts["true_class"], classes),
         None if attack is None else read_class("target", texts["target"], classes),
         numbers["seed"],
+        tuple(range(0, numbers["max_epsilon"] + 1, numbers["epsilon_step"])),
         read_text("Backbone", values.get("backbone")),
         read_text("Pack", values.get("pack")),
         {**{name: numbers[name] for name in names}, "steps": numbers["tune_steps"]},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -13,7 +14,14 @@ from tapt.defense import THREATS
 from tapt.images import open_image
 from tapt.ui import known, render
 from tapt.ui.handlers import MODEL_FIELDS, Handlers
-from tapt.ui.inputs import ALL_THREATS, FIELDS, MAX_BYTES, NUMBERS, PictureInput
+from tapt.ui.inputs import (
+    ALL_THREATS,
+    FIELDS,
+    MAX_BYTES,
+    NUMBERS,
+    SWEEP_FIELDS,
+    PictureInput,
+)
 from tapt.ui.service import Service
 
 FOLDER = Path(__file__).parent
@@ -35,6 +43,10 @@ The last of the returned values is a JSON object with all numbers; the others ar
 shows: HTML, and the original and the attacked 8-bit image as PNG files."""
 ANALYZE_API = f"""Vanilla CLIP, static prompts, untuned view ensemble and TAPT on one picture,
 attacked or not: every probability as one JSON object.
+{API_INPUTS}"""
+SWEEP_API = f"""Attacks one picture with growing epsilon and returns every defence's probability
+of the true class, as a JSON object in the last value; the others are what the page shows.
+max_epsilon, epsilon_step: in 1/255; the sweep begins at 0.
 {API_INPUTS}"""
 # raw values: the handlers check each one and say what is wrong with it
 MODEL_QUEUE = {"preprocess": False, "concurrency_limit": 1, "concurrency_id": "model"}
@@ -89,14 +101,19 @@ def build_page(service: Service) -> gr.Blocks:
                 preset, note = _class_inputs(fields)
                 attack_notes = _attack_inputs(fields)
                 reset = _defense_inputs(fields, service)
-            with gr.Column(scale=3, min_width=300, elem_id="results"):
-                with gr.Row(elem_id="actions"):
-                    run = gr.Button("Run", variant="primary", elem_id="run", scale=2)
-                    stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
-                outputs = _outputs()
+            with gr.Column(scale=3, min_width=300), gr.Tabs():
+                with gr.Tab("Compare", elem_id="results"):
+                    buttons = _buttons("run", "Run")
+                    outputs = _outputs()
+                with gr.Tab("Sweep", elem_id="sweep"):
+                    _sweep_inputs(fields)
+                    sweep_buttons = _buttons("run-sweep", "Run the sweep")
+                    sweep_outputs = _sweep_outputs()
         handlers = Handlers(service, fields["image"].GRADIO_CACHE)
         inputs = [fields[name] for name in FIELDS]
-        _wire_run(handlers, run, stop, inputs, outputs)
+        sweep_inputs = [fields[name] for name in SWEEP_FIELDS]
+        _wire_run(handlers.compare, buttons, inputs, outputs, COMPARE_API)
+        _wire_run(handlers.sweep, sweep_buttons, sweep_inputs, sweep_outputs, SWEEP_API)
         _wire_analyze(handlers, inputs)
         _wire_picture(handlers, fields, preview)
         _wire_classes(handlers, fields, preset, note)
@@ -116,6 +133,38 @@ def build_page(service: Service) -> gr.Blocks:
             api_visibility="private",
         )
     return page.queue(max_size=MAX_WAITING)
+
+
+def _buttons(elem_id: str, name: str) -> tuple[gr.Button, gr.Button]:
+    with gr.Row():
+        run = gr.Button(name, variant="primary", elem_id=elem_id, elem_classes="t-run", scale=2)
+        stop = gr.Button("Stop", elem_classes="t-stop", scale=1, min_width=80)
+    return run, stop
+
+
+def _sweep_inputs(fields: dict) -> None:
+    gr.HTML(
+        '<p class="t-small">The picture, the class names, the attack and the defence on the left, '
+        "once for every epsilon.</p>",
+        apply_default_css=False,
+    )
+    with gr.Row():
+        _number(fields, "max_epsilon")
+        _number(fields, "epsilon_step")
+
+
+def _sweep_outputs() -> list[gr.components.Component]:
+    """The values of `Handlers.sweep`."""
+    bare = {"apply_default_css": False}
+    status = gr.HTML(label="Status", elem_id="sweep-status", **bare)
+    with gr.Row():
+        with gr.Column(min_width=320):
+            curves = gr.HTML(label="Curves", elem_id="curves", **bare)
+        with gr.Column(min_width=320):
+            published = gr.HTML(label="Published accuracy", elem_id="published", **bare)
+    with gr.Accordion("The sweep as JSON", open=False, elem_id="sweep-json"):
+        numbers = gr.JSON(label="Result", show_label=False, buttons=["copy"])
+    return [status, curves, published, numbers]
 
 
 def _picture_inputs(fields: dict) -> gr.HTML:
@@ -350,20 +399,20 @@ def _wire_model(handlers: Handlers, fields: dict, reset: gr.Button, line: gr.HTM
     )
 
 
-def _wire_run(handlers: Handlers, run, stop, inputs: list, outputs: list) -> None:
-    status = outputs[0]
+def _wire_run(handler: Callable, buttons: tuple, inputs: list, outputs: list, api: str) -> None:
+    (run, stop), status = buttons, outputs[0]
     waiting, stopped = (json.dumps(html) for html in (render.waiting(), render.stopped()))
     private = {"api_visibility": "private"}
     start = f"() => {{ window.taptStopped = false; return {waiting} }}"
     run.click(None, None, status, js=start, **private)
     event = run.click(
-        handlers.compare,
+        handler,
         inputs,
         outputs,
         show_progress="minimal",
         show_progress_on=[status],
-        api_name="compare",
-        api_description=COMPARE_API,
+        api_name=handler.__name__,
+        api_description=api,
         trigger_mode="once",
         **MODEL_QUEUE,
     )

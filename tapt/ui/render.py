@@ -16,6 +16,10 @@ from tapt.compare import Comparison
 from tapt.defense import DEFENSES
 from tapt.images import amplified_difference, to_picture
 from tapt.losses import kept_views_count
+from tapt.pack import Pack
+from tapt.report import attack_name
+from tapt.sweep import Sweep
+from tapt.ui.chart import line_chart
 from tapt.ui.known import KINDS
 from tapt.ui.service import Model
 
@@ -329,6 +333,70 @@ def downloads(result: Comparison, numbers: dict, link: str) -> str:
     )
     rows = "".join(f"<li>{item}</li>" for item in items)
     return f'<section class="t-card t-downloads"><h2>Take away</h2><ul>{rows}</ul></section>'
+
+
+def sweep(result: Sweep) -> str:
+    """Every defence's probability of the true class against epsilon."""
+    label, last = result.clean.classes[result.clean.label], result.epsilons_255[-1]
+    source = "" if result.clean.label_given else ", vanilla CLIP's own answer to the original"
+    attack = ATTACKS[result.settings["attack"]["name"]].title
+    chart = line_chart(
+        {MODELS[name][0]: [(e, p) for e, p, _ in curve] for name, curve in result.curves.items()},
+        title=f"Probability of the true class under {attack}",
+        x_label="epsilon, 1/255",
+        x_range=(0, last),
+        x_ticks=result.epsilons_255,
+        y_max=1,
+        show=_percent,
+    )
+    falls = [
+        f"<li>{MODELS[name][0]}: {_first_fall(curve, result.finished)}</li>"
+        for name, curve in result.curves.items()
+    ]
+    return (
+        f'<section class="t-card t-curves"><p>The true class is <strong>{escape(_cut(label))}'
+        f"</strong>{source}. The attack sees {THREATS[result.settings['threat']][0]}.</p>{chart}"
+        f"<p>Right answers</p><ul>{''.join(falls)}</ul></section>"
+    )
+
+
+def _first_fall(curve: Sequence[tuple[int, float, bool]], finished: bool) -> str:
+    wrong = [epsilon for epsilon, _, right in curve if not right]
+    if wrong:
+        return f"wrong at {', '.join(map(str, wrong))} (/255)"
+    return "at every epsilon" if finished else "so far"
+
+
+def published(pack: Pack) -> str:
+    """The accuracies of a pack's card, a chart for each attack with epsilon."""
+    groups: dict[tuple, dict[str, list[tuple[float, float]]]] = {}
+    for row in sorted(pack.evaluation, key=lambda row: row["epsilon_255"] or 0):
+        if row["epsilon_255"] is not None:
+            attack = ATTACKS[row["attack"]].title if row["attack"] in ATTACKS else row["attack"]
+            threat = THREATS.get(row["threat"], (row["threat"],))[0]
+            key = attack_name({**row, "attack": attack}), threat, row["dataset"]
+            clean = [(0, row["clean_accuracy"])]
+            name = MODELS.get(row["defense"], (row["defense"],))[0]
+            groups.setdefault(key, {}).setdefault(name, clean).append(
+                (row["epsilon_255"], row["accuracy"])
+            )
+    charts = [
+        line_chart(
+            series,
+            title=f"{attack} on {threat} ({dataset})",
+            x_label="epsilon, 1/255",
+            x_range=(0, max(x for points in series.values() for x, _ in points)),
+            x_ticks=sorted({x for points in series.values() for x, _ in points}),
+            y_max=1,
+            show=_percent,
+        )
+        for (attack, threat, dataset), series in groups.items()
+    ]
+    body = "".join(charts) or "<p>This pack has no published accuracy yet.</p>"
+    return (
+        '<section class="t-card t-curves"><h2>Accuracy over many pictures, as published with the '
+        f"pack</h2>{body}</section>"
+    )
 
 
 def _badge(text: str) -> str:
