@@ -13,13 +13,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tapt.adaptive import DEPLOYED_THREATS, attack_deployed, check_threat
+from tapt.adaptive import DEPLOYED_THREATS, attack_deployed
 from tapt.attacks import AttackConfig, attack_images, l2_norm, linf_255
 from tapt.defense import DEFENSES, THREATS, Defended, Defender
 from tapt.errors import Cancelled, InputError
 from tapt.tuning import Losses, Trace, TuneConfig
 
+R = TypeVar("R")
 T = TypeVar("T")
+ALL_THREATS = (*THREATS, *DEPLOYED_THREATS)
 
 
 @dataclass(eq=False)
@@ -175,13 +177,7 @@ def compare_steps(
     Raises:
         InputError: `label` is not one of the classes, or `threat` is unknown.
     """
-    if label is not None and label not in defender.classes:
-        raise InputError(f"The true class {label!r} is not one of the class names.")
-    threats = (*THREATS, *DEPLOYED_THREATS)
-    if threat not in threats:
-        raise InputError(f"threat must be one of {', '.join(threats)}, got {threat!r}.")
-    if attack is not None:
-        check_threat(threat, attack)
+    check_compare(defender, attack, threat, label)
     pixels = defender.backbone.preprocess(image)
     config = config or defender.pack.test_time
     settings = _settings(defender, attack, threat, config, seed)
@@ -201,7 +197,7 @@ def compare_steps(
     if attack is not None:
         began = time.perf_counter()
         labels = torch.tensor([result.label], device="cpu")
-        attacked = yield from _watched(
+        attacked = yield from watched(
             "attack",
             result,
             lambda report: attack_under(
@@ -217,7 +213,7 @@ def compare_steps(
         if seen is None:
             continue
         began = time.perf_counter()
-        defended: Defended = yield from _watched(
+        defended: Defended = yield from watched(
             f"TAPT on the {kind} image",
             result,
             lambda report, seen=seen: defender.defend(
@@ -233,6 +229,20 @@ def compare_steps(
     result.seconds["total"] = time.perf_counter() - start
     result.finished = True
     yield Progress("finished", 1, 1), result
+
+
+def check_compare(
+    defender: Defender, attack: AttackConfig | None, threat: str, label: str | None
+) -> None:
+    """Raises:
+    InputError: `label` is not one of the classes, or `threat` is unknown or not for this attack.
+    """
+    if label is not None and label not in defender.classes:
+        raise InputError(f"The true class {label!r} is not one of the class names.")
+    if threat not in ALL_THREATS:
+        raise InputError(f"threat must be one of {', '.join(ALL_THREATS)}, got {threat!r}.")
+    if attack is not None and threat == "square" and attack.name != "square":
+        raise InputError(f"The threat square needs the attack square, got {attack.name}.")
 
 
 def attack_under(
@@ -267,9 +277,9 @@ def compare(defender: Defender, image: Image.Image, **options: object) -> Compar
     return result
 
 
-def _watched(
-    phase: str, result: Comparison, work: Callable[[Callable[[int, int], None]], T]
-) -> Generator[tuple[Progress, Comparison], None, T]:
+def watched(
+    phase: str, result: R, work: Callable[[Callable[[int, int], None]], T]
+) -> Generator[tuple[Progress, R], None, T]:
     """Runs `work(report)` in a thread and yields its progress; closing stops it at its next
     report."""
     events: queue.SimpleQueue = queue.SimpleQueue()
