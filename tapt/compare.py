@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from tapt.adaptive import DEPLOYED_THREATS, attack_deployed, check_threat
+from tapt.adaptive import DEPLOYED_THREATS, attack_deployed
 from tapt.attacks import AttackConfig, attack_images, l2_norm, linf_255
 from tapt.defense import DEFENSES, THREATS, Defended, Defender
 from tapt.errors import Cancelled, InputError
@@ -23,6 +23,7 @@ from tapt.tuning import Losses, Trace, TuneConfig
 
 R = TypeVar("R")
 T = TypeVar("T")
+ALL_THREATS = (*THREATS, *DEPLOYED_THREATS)
 
 
 @dataclass(eq=False)
@@ -182,14 +183,7 @@ def compare_steps(
         InputError: `label` or `target` is not one of the classes, or they are the same one, or
             `threat` is unknown.
     """
-    for what, name in (("true class", label), ("target", target)):
-        if name is not None and name not in defender.classes:
-            raise InputError(f"The {what} {name!r} is not one of the class names.")
-    threats = (*THREATS, *DEPLOYED_THREATS)
-    if threat not in threats:
-        raise InputError(f"threat must be one of {', '.join(threats)}, got {threat!r}.")
-    if attack is not None:
-        check_threat(threat, attack)
+    check_compare(defender, attack, threat, label, target)
     pixels = defender.backbone.preprocess(image)
     config = config or defender.pack.test_time
     settings = _settings(defender, attack, threat, target, config, seed)
@@ -207,13 +201,8 @@ def compare_steps(
     yield Progress("vanilla CLIP", 1, 1), result
 
     if attack is not None:
-        if target == defender.classes[result.label]:
-            raise InputError(f"The target {target!r} is the true class already.")
         began = time.perf_counter()
-        labels = torch.tensor([result.label], device="cpu")
-        targets = None
-        if target is not None:
-            targets = torch.tensor([defender.classes.index(target)], device="cpu")
+        labels, targets = aims(defender, result.label, target)
         attacked = yield from watched(
             "attack",
             result,
@@ -248,6 +237,40 @@ def compare_steps(
     yield Progress("finished", 1, 1), result
 
 
+def check_compare(
+    defender: Defender,
+    attack: AttackConfig | None,
+    threat: str,
+    label: str | None,
+    target: str | None,
+) -> None:
+    """Raises:
+    InputError: `label` or `target` is not one of the classes, or `threat` is unknown or not for
+        this attack.
+    """
+    for what, name in (("true class", label), ("target", target)):
+        if name is not None and name not in defender.classes:
+            raise InputError(f"The {what} {name!r} is not one of the class names.")
+    if threat not in ALL_THREATS:
+        raise InputError(f"threat must be one of {', '.join(ALL_THREATS)}, got {threat!r}.")
+    if attack is not None and threat == "square" and attack.name != "square":
+        raise InputError(f"The threat square needs the attack square, got {attack.name}.")
+
+
+def aims(defender: Defender, label: int, target: str | None) -> tuple[Tensor, Tensor | None]:
+    """What an attack on one image moves away from, and towards.
+
+    Raises:
+        InputError: the target is the true class.
+    """
+    if target == defender.classes[label]:
+        raise InputError(f"The target {target!r} is the true class already.")
+    targets = None
+    if target is not None:
+        targets = torch.tensor([defender.classes.index(target)], device="cpu")
+    return torch.tensor([label], device="cpu"), targets
+
+
 def attack_under(
     threat: str,
     defender: Defender,
@@ -260,9 +283,9 @@ def attack_under(
     on_progress: Callable[[int, int], None],
 ) -> Tensor:
     """`attack_images` on a fixed model, or `attack_deployed` on TAPT."""
-    aims = {"targets": targets, "on_progress": on_progress}
+    common = {"targets": targets, "on_progress": on_progress}
     if threat in THREATS:
-        return attack_images(defender.classifier(threat), pixels, labels, attack, **aims)
+        return attack_images(defender.classifier(threat), pixels, labels, attack, **common)
     return attack_deployed(
         defender,
         "tapt",
@@ -271,7 +294,7 @@ def attack_under(
         attack,
         config=config,
         draws=1 if threat == "square" else draws,
-        **aims,
+        **common,
     )
 
 

@@ -232,7 +232,7 @@ def test_sweep_draws_every_curve_and_can_be_stopped(page: Page):
     page.get_by_label("Largest epsilon").fill("16")
     page.get_by_label("Step").last.fill("1")
     go.click()
-    expect(curves.locator(".t-line-0 circle").first).to_be_visible()
+    expect(curves.locator(".t-line-0 circle")).to_have_count(1)
     page.locator("#sweep .t-stop").click()
     expect(page.locator("#sweep-status")).to_contain_text("Stopped")
     page.wait_for_timeout(1500)

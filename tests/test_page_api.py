@@ -156,22 +156,20 @@ def test_sweep_agrees_with_single_comparisons(server: str):
     kind, data = post(server, "sweep", **options, max_epsilon=4, epsilon_step=2)
     assert kind == "complete", data
     result = data[-1]
-    assert result["epsilons_255"] == [0, 2, 4]
+    assert result["epsilons"] == [0, 2, 4]
     assert result["settings"]["pack"] == analyzed(server, attack="none")["settings"]["pack"]
     for index, (epsilon, image) in enumerate(((0, "clean"), (2, "attacked"), (4, "attacked"))):
-        single = analyzed(server, **options, epsilon=epsilon)
-        for name, curve in result["curves"].items():
-            assert curve[index]["epsilon_255"] == epsilon
-            expected = single["results"][name][image]
-            assert curve[index]["probability"] == pytest.approx(expected[1], abs=1e-5)
-            assert curve[index]["right"] == (expected[1] > expected[0])
+        single = analyzed(server, **options, epsilon=epsilon)["results"]
+        for name, curve in result["probabilities"].items():
+            assert curve[index] == pytest.approx(single[name][image][1], abs=1e-5)
+            assert (result["answers"][name][index] == "dog") == (single[name][image][1] > 0.5)
 
 
 @pytest.mark.parametrize(
     ("values", "message"),
     [
         ({"attack": "none"}, "Choose an attack first"),
-        ({"attack": "cw"}, "CW knows no epsilon"),
+        ({"attack": "cw"}, "CW has none"),
         ({"attack": "pgd", "max_epsilon": 0}, "Largest epsilon must be"),
         ({"attack": "pgd", "epsilon_step": float("nan")}, "Step must be"),
         ({"attack": "pgd", "true_class": "cat", "target": "cat"}, "is the true class already"),

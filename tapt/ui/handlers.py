@@ -99,7 +99,7 @@ class Handlers:
         yield render.status("Reading the class names"), "", "", None
         began, seen, published, found = time.monotonic(), None, "", None
         for bar, found in self._watch(request, self._gpu_sweep):
-            points = None if found is None else len(found.curves["tapt"])
+            points = None if found is None else len(found.probabilities["tapt"])
             if points == seen:
                 yield bar, gr.skip(), gr.skip(), gr.skip()
                 continue
@@ -151,7 +151,7 @@ class Handlers:
     def _sweep_steps(
         self, request: inputs.Request
     ) -> Generator[tuple[Progress, Sweep], None, None]:
-        options = {"attack": request.attack, "epsilons_255": request.epsilons_255}
+        options = {"attack": request.attack, "epsilons": request.epsilons}
         yield from self._computed(request, sweep_steps, **options)
 
     def _computed(

@@ -17,9 +17,9 @@ from gradio.data_classes import ImageData
 from PIL import Image
 from pydantic import ValidationError
 
-from tapt.adaptive import DEPLOYED_THREATS
 from tapt.attacks import ATTACKS, AttackConfig
-from tapt.defense import THREATS, parse_classes
+from tapt.compare import ALL_THREATS
+from tapt.defense import parse_classes
 from tapt.errors import InputError
 from tapt.images import open_image
 
@@ -81,7 +81,6 @@ FIELDS = (
     "lr",
     "alpha",
 )
-ALL_THREATS = (*THREATS, *DEPLOYED_THREATS)
 SWEEP_FIELDS = (*(name for name in FIELDS if name != "epsilon"), "max_epsilon", "epsilon_step")
 TEXTS = {"class_names": "Class names", "true_class": "True class", "target": "Target"}
 
@@ -120,7 +119,7 @@ class PictureInput(gr.Image):
 class Request:
     """A checked request.
 
-    epsilons_255: of a sweep.
+    epsilons: of a sweep.
     changes: test-time settings that replace the pack's own; None leaves one as it is.
     values: as they came, without the picture.
     """
@@ -132,7 +131,7 @@ class Request:
     label: str | None
     target: str | None
     seed: int
-    epsilons_255: tuple[int, ...]
+    epsilons: tuple[int, ...]
     backbone: str
     pack: str
     changes: dict[str, float | None]

@@ -10,12 +10,12 @@ from pathlib import Path
 import gradio as gr
 
 from tapt.attacks import ATTACKS
+from tapt.compare import ALL_THREATS
 from tapt.defense import THREATS
 from tapt.images import open_image
 from tapt.ui import known, render
 from tapt.ui.handlers import MODEL_FIELDS, Handlers
 from tapt.ui.inputs import (
-    ALL_THREATS,
     FIELDS,
     MAX_BYTES,
     NUMBERS,

@@ -337,34 +337,36 @@ def downloads(result: Comparison, numbers: dict, link: str) -> str:
 
 def sweep(result: Sweep) -> str:
     """Every defence's probability of the true class against epsilon."""
-    label, last = result.clean.classes[result.clean.label], result.epsilons_255[-1]
-    source = "" if result.clean.label_given else ", vanilla CLIP's own answer to the original"
+    source = "" if result.label_given else ", vanilla CLIP's own answer to the original"
     attack = ATTACKS[result.settings["attack"]["name"]].title
+    label, seen = escape(_cut(result.label)), THREATS[result.settings["threat"]][0]
+    curves = {
+        MODELS[name][0]: list(zip(result.epsilons, values, strict=False))  # as far as they are
+        for name, values in result.probabilities.items()
+    }
     chart = line_chart(
-        {MODELS[name][0]: [(e, p) for e, p, _ in curve] for name, curve in result.curves.items()},
+        curves,
         title=f"Probability of the true class under {attack}",
         x_label="epsilon, 1/255",
-        x_range=(0, last),
-        x_ticks=result.epsilons_255,
+        x_range=(0, result.epsilons[-1]),
+        x_ticks=result.epsilons,
         y_max=1,
         show=_percent,
     )
-    falls = [
-        f"<li>{MODELS[name][0]}: {_first_fall(curve, result.finished)}</li>"
-        for name, curve in result.curves.items()
-    ]
+    falls = "".join(
+        f"<li>{MODELS[name][0]}: {_wrong_at(result, answers)}</li>"
+        for name, answers in result.answers.items()
+    )
     return (
-        f'<section class="t-card t-curves"><p>The true class is <strong>{escape(_cut(label))}'
-        f"</strong>{source}. The attack sees {THREATS[result.settings['threat']][0]}.</p>{chart}"
-        f"<p>Right answers</p><ul>{''.join(falls)}</ul></section>"
+        f'<section class="t-card t-curves"><p>The true class is <strong>{label}</strong>{source}. '
+        f"The attack sees {seen}.</p>{chart}<ul>{falls}</ul></section>"
     )
 
 
-def _first_fall(curve: Sequence[tuple[int, float, bool]], finished: bool) -> str:
-    wrong = [epsilon for epsilon, _, right in curve if not right]
-    if wrong:
-        return f"wrong at {', '.join(map(str, wrong))} (/255)"
-    return "at every epsilon" if finished else "so far"
+def _wrong_at(result: Sweep, answers: Sequence[str]) -> str:
+    pairs = zip(result.epsilons, answers, strict=False)
+    wrong = [f"{epsilon}/255" for epsilon, answer in pairs if answer != result.label]
+    return f"wrong at {', '.join(wrong)}" if wrong else "right everywhere"
 
 
 def published(pack: Pack) -> str:
