@@ -2,6 +2,7 @@
 
 python app.py
 python app.py --backbone ViT-B-16 --device cuda
+python app.py --mcp
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 from tapt.errors import TaptError
 
@@ -36,20 +38,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--backbone",
-        help="tiny (embedded), ViT-B-16, hf-hub:owner/repo, ... (default: the pack's, else tiny)",
+        default=os.environ.get("TAPT_BACKBONE"),
+        help="tiny (embedded), ViT-B-16, hf-hub:owner/repo, ..., or several by commas for the page "
+        "to choose from (default: the pack's, else tiny)",
     )
     parser.add_argument(
         "--pack",
+        default=os.environ.get("TAPT_PACK"),
         help="embedded pack, folder or Hub id owner/repo (default: the backbone's own, else "
         "untrained prompts)",
     )
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
+    parser.add_argument(
+        "--mcp", action="store_true", help="also serve as tools of the Model Context Protocol"
+    )
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Loads the model, then serves until interrupted."""
     args = parse_args(argv)
+    if args.mcp and find_spec("mcp") is None:
+        _fail('--mcp needs one more package: pip install "gradio[mcp]"')
     # imported late, so that --help and a mistyped option answer at once
     from tapt.options import DownloadBar
     from tapt.ui.service import load_service
@@ -68,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             server_name=args.host,
             server_port=args.port,
             prevent_thread_lock=True,
+            mcp_server=args.mcp,
+            show_error=args.mcp,  # an agent, too, gets the sentences that the page shows
             **launch_options(),
         )
     except OSError:

@@ -11,6 +11,8 @@ from tapt.errors import TaptError
 COMMANDS = {
     "predict": "attack one picture and show what vanilla CLIP and TAPT say",
     "evaluate": "accuracy with and without attack on a data set",
+    "sweep": "every defence's probability of the true class against epsilon, as a plot",
+    "selfcheck": "sanity rules of the attack harness, pass or fail",
     "train": "adversarial prompt tuning: make defensive prompts",
     "statistics": "token statistics for trained prompts; makes the finished pack",
     "push": "publish a pack on the Hugging Face Hub",

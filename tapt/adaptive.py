@@ -19,7 +19,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tapt.attacks import AttackConfig, attack_images
 from tapt.defense import Defender
-from tapt.errors import InputError
 from tapt.images import to_float
 from tapt.losses import entropy, select_views
 from tapt.tuning import TuneConfig, images_per_pass, tune, view_logits
@@ -38,6 +37,7 @@ class Deployed(nn.Module):
     smooth: gradients go through a differentiable surrogate of the tuning step; the answers are
         then the surrogate's.
     seed: of the views; every pass draws new ones.
+    tick: called often within a pass; may raise to stop.
     """
 
     def __init__(
@@ -49,13 +49,14 @@ class Deployed(nn.Module):
         draws: int = 1,
         smooth: bool = False,
         seed: int = 0,
+        tick: Callable[[], None] = lambda: None,
     ) -> None:
         super().__init__()
         self.model = defender.backbone.model  # torchattacks asks its parameters for the device
         self.defender, self.defense = defender, defense
         self.backbone, self.classes = defender.backbone, len(defender.classes)
         self.config = config or defender.pack.test_time
-        self.draws, self.smooth = draws, smooth
+        self.draws, self.smooth, self.tick = draws, smooth, tick
         self.generator = torch.Generator().manual_seed(seed)
         fixed = defense not in RANDOM_DEFENSES
         self.fixed = defender.classifier(defense) if fixed else None
@@ -83,7 +84,13 @@ class Deployed(nn.Module):
         """One answer per view set, (M, C)."""
         defender, pack = self.defender, self.defender.pack
         if self.defense == "ensemble":
-            every = view_logits(self.backbone, pack.prompts, views, defender.static_features)
+            every = view_logits(
+                self.backbone,
+                pack.prompts,
+                views,
+                defender.static_features,
+                advance=lambda done: self.tick(),
+            )
             kept = select_views(entropy(every), self.config.keep)
             chosen = views[torch.arange(len(views), device=views.device)[:, None], kept]
             logits = defender.classifier("static")(chosen.flatten(0, 1))
@@ -100,6 +107,7 @@ class Deployed(nn.Module):
                 statistics=pack.statistics,
                 config=self.config,
                 smooth=self.smooth,
+                on_progress=lambda done, total: self.tick(),
             )
         return tuned.logits.log_softmax(-1)
 
@@ -122,22 +130,35 @@ def attack_deployed(
     and once through the smooth surrogate; the image that the real defence fails more often counts.
     `attack.seed` is also the seed of the views.
 
-    pixels, labels, targets, on_progress: as for `attack_images`.
+    pixels, labels, targets: as for `attack_images`.
+    on_progress: called with (passes done, passes), several times within a pass; may raise to stop.
     draws: view sets per gradient, or per query of Square.
 
     Returns:
         uint8, (N, 3, S, S).
     """
     variants = _variants(defender, defense, attack, config)
-    found = []
-    for part, smooth in enumerate(variants):
+    found: list[Tensor] = []
+    state = 0, 1
+
+    def report(done: int, total: int) -> None:
+        nonlocal state
+        state = len(found) * total + done, len(variants) * total
+        on_progress(*state)
+
+    def tick() -> None:
+        on_progress(*state)
+
+    for smooth in variants:
         model = Deployed(
-            defender, defense, config=config, draws=draws, smooth=smooth, seed=attack.seed
+            defender,
+            defense,
+            config=config,
+            draws=draws,
+            smooth=smooth,
+            seed=attack.seed,
+            tick=tick,
         )
-
-        def report(done: int, total: int, part: int = part) -> None:
-            on_progress(part * total + done, len(variants) * total)
-
         found.append(
             attack_images(model, pixels, labels, attack, targets=targets, on_progress=report)
         )
@@ -146,7 +167,8 @@ def attack_deployed(
     aims, sign = (labels, 1) if targets is None else (targets, -1)
     resistance = torch.stack(
         [
-            sign * _holding(ask(defender, defense, x, JUDGING_DRAWS, attack.seed, config), aims)
+            sign
+            * _holding(ask(defender, defense, x, JUDGING_DRAWS, attack.seed, config, tick), aims)
             for x in found
         ]
     )
@@ -177,12 +199,13 @@ def ask(
     draws: int,
     seed: int,
     config: TuneConfig | None = None,
+    tick: Callable[[], None] = lambda: None,
 ) -> Tensor:
     """Probabilities of `draws` independent answers of a defence, (draws, N, C), for uint8 images.
 
     The views differ from those of an attack with the same seed.
     """
-    model = Deployed(defender, defense, config=config, seed=seed + 1_000_000_007)
+    model = Deployed(defender, defense, config=config, seed=seed + 1_000_000_007, tick=tick)
     images = to_float(pixels.to(defender.backbone.device), defender.backbone.dtype)
     if model.fixed is not None:
         return model(images).exp().cpu()[None].expand(draws, -1, -1)
@@ -202,7 +225,12 @@ def attack_seconds(
     image = torch.rand(1, 3, backbone.image_size, backbone.image_size, device="cpu")
     passes = attack.attack.passes(attack, len(defender.classes))
     total = 0.0
-    for smooth in _variants(defender, defense, attack, config):
+    variants = _variants(defender, defense, attack, config)
+    if len(variants) > 1:  # each result is judged
+        began = time.perf_counter()
+        ask(defender, defense, (image * 255).to(torch.uint8), 1, attack.seed, config)
+        total += len(variants) * JUDGING_DRAWS * (time.perf_counter() - began)
+    for smooth in variants:
         model = Deployed(defender, defense, config=config, draws=draws, smooth=smooth)
         began = time.perf_counter()
         with torch.set_grad_enabled(attack.name != "square"):
@@ -212,11 +240,3 @@ def attack_seconds(
                 torch.autograd.grad(log_p[0, 0], image)
         total += passes * (time.perf_counter() - began)
     return total
-
-
-def check_threat(threat: str, attack: AttackConfig) -> None:
-    """Raises:
-    InputError: `square` with another attack than Square.
-    """
-    if threat == "square" and attack.name != "square":
-        raise InputError(f"The threat square needs the attack square, got {attack.name}.")

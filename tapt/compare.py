@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import platform
 import queue
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from typing import TypeVar
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from tapt.adaptive import DEPLOYED_THREATS, attack_deployed, check_threat
+from tapt.adaptive import DEPLOYED_THREATS, attack_deployed
 from tapt.attacks import AttackConfig, attack_images, l2_norm, linf_255
 from tapt.defense import DEFENSES, THREATS, Defended, Defender
 from tapt.errors import Cancelled, InputError
 from tapt.tuning import Losses, Trace, TuneConfig
 
+R = TypeVar("R")
 T = TypeVar("T")
+ALL_THREATS = (*THREATS, *DEPLOYED_THREATS)
 
 
 @dataclass(eq=False)
@@ -88,6 +92,7 @@ class Comparison:
             "l2": self.l2,
             "trace": {k: None if v is None else trace_dict(v) for k, v in self.traces.items()},
             "seconds": {k: round(v, 4) for k, v in self.seconds.items()},
+            "versions": versions(),
         }
 
     def verdict(self) -> str:
@@ -156,6 +161,7 @@ def compare_steps(
     attack: AttackConfig | None = None,
     threat: str = "clip",
     label: str | None = None,
+    target: str | None = None,
     config: TuneConfig | None = None,
     seed: int = 0,
     draws: int = 4,
@@ -170,21 +176,17 @@ def compare_steps(
         (`square`) or by gradients (`adaptive`).
     draws: view sets per gradient under the threat `adaptive`.
     label: the true class; default vanilla CLIP's clean answer.
+    target: the class that the attack moves towards; default away from the true class.
     seed: of the views and the attack's random start (`attack.seed` wins for the latter).
 
     Raises:
-        InputError: `label` is not one of the classes, or `threat` is unknown.
+        InputError: `label` or `target` is not one of the classes, or they are the same one, or
+            `threat` is unknown.
     """
-    if label is not None and label not in defender.classes:
-        raise InputError(f"The true class {label!r} is not one of the class names.")
-    threats = (*THREATS, *DEPLOYED_THREATS)
-    if threat not in threats:
-        raise InputError(f"threat must be one of {', '.join(threats)}, got {threat!r}.")
-    if attack is not None:
-        check_threat(threat, attack)
+    check_compare(defender, attack, threat, label, target)
     pixels = defender.backbone.preprocess(image)
     config = config or defender.pack.test_time
-    settings = _settings(defender, attack, threat, config, seed)
+    settings = _settings(defender, attack, threat, target, config, seed)
     if attack is not None and threat == "adaptive":
         settings["draws"] = draws
     result = Comparison(defender.classes, settings, pixels)
@@ -200,12 +202,12 @@ def compare_steps(
 
     if attack is not None:
         began = time.perf_counter()
-        labels = torch.tensor([result.label], device="cpu")
-        attacked = yield from _watched(
+        labels, targets = aims(defender, result.label, target)
+        attacked = yield from watched(
             "attack",
             result,
             lambda report: attack_under(
-                threat, defender, pixels[None], labels, attack, config, draws, report
+                threat, defender, pixels[None], labels, targets, attack, config, draws, report
             ),
         )
         result.attacked = attacked[0]
@@ -217,7 +219,7 @@ def compare_steps(
         if seen is None:
             continue
         began = time.perf_counter()
-        defended: Defended = yield from _watched(
+        defended: Defended = yield from watched(
             f"TAPT on the {kind} image",
             result,
             lambda report, seen=seen: defender.defend(
@@ -235,20 +237,55 @@ def compare_steps(
     yield Progress("finished", 1, 1), result
 
 
+def check_compare(
+    defender: Defender,
+    attack: AttackConfig | None,
+    threat: str,
+    label: str | None,
+    target: str | None,
+) -> None:
+    """Raises:
+    InputError: `label` or `target` is not one of the classes, or `threat` is unknown or not for
+        this attack.
+    """
+    for what, name in (("true class", label), ("target", target)):
+        if name is not None and name not in defender.classes:
+            raise InputError(f"The {what} {name!r} is not one of the class names.")
+    if threat not in ALL_THREATS:
+        raise InputError(f"threat must be one of {', '.join(ALL_THREATS)}, got {threat!r}.")
+    if attack is not None and threat == "square" and attack.name != "square":
+        raise InputError(f"The threat square needs the attack square, got {attack.name}.")
+
+
+def aims(defender: Defender, label: int, target: str | None) -> tuple[Tensor, Tensor | None]:
+    """What an attack on one image moves away from, and towards.
+
+    Raises:
+        InputError: the target is the true class.
+    """
+    if target == defender.classes[label]:
+        raise InputError(f"The target {target!r} is the true class already.")
+    targets = None
+    if target is not None:
+        targets = torch.tensor([defender.classes.index(target)], device="cpu")
+    return torch.tensor([label], device="cpu"), targets
+
+
 def attack_under(
     threat: str,
     defender: Defender,
     pixels: Tensor,
     labels: Tensor,
+    targets: Tensor | None,
     attack: AttackConfig,
     config: TuneConfig,
     draws: int,
     on_progress: Callable[[int, int], None],
 ) -> Tensor:
     """`attack_images` on a fixed model, or `attack_deployed` on TAPT."""
+    common = {"targets": targets, "on_progress": on_progress}
     if threat in THREATS:
-        classifier = defender.classifier(threat)
-        return attack_images(classifier, pixels, labels, attack, on_progress=on_progress)
+        return attack_images(defender.classifier(threat), pixels, labels, attack, **common)
     return attack_deployed(
         defender,
         "tapt",
@@ -257,7 +294,7 @@ def attack_under(
         attack,
         config=config,
         draws=1 if threat == "square" else draws,
-        on_progress=on_progress,
+        **common,
     )
 
 
@@ -267,11 +304,11 @@ def compare(defender: Defender, image: Image.Image, **options: object) -> Compar
     return result
 
 
-def _watched(
-    phase: str, result: Comparison, work: Callable[[Callable[[int, int], None]], T]
-) -> Generator[tuple[Progress, Comparison], None, T]:
-    """Runs `work(report)` in a thread and yields its progress; closing stops it at its next
-    report."""
+def watched(
+    phase: str, result: R, work: Callable[[Callable[[int, int], None]], T]
+) -> Generator[tuple[Progress, R], None, T]:
+    """Runs `work(report)` in a thread, yields its progress beside `result` and returns its value;
+    closing stops it at its next report."""
     events: queue.SimpleQueue = queue.SimpleQueue()
     stop = threading.Event()
 
@@ -303,19 +340,33 @@ def _watched(
         thread.join()
 
 
+def versions() -> dict[str, str]:
+    """What the numbers depend on, beside the settings."""
+    packages = ("torch", "open_clip_torch", "torchattacks")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
 def _settings(
-    defender: Defender, attack: AttackConfig | None, threat: str, config: TuneConfig, seed: int
+    defender: Defender,
+    attack: AttackConfig | None,
+    threat: str,
+    target: str | None,
+    config: TuneConfig,
+    seed: int,
 ) -> dict:
     pack = defender.pack
     return {
         "backbone": defender.backbone.name,
+        "backbone_commit": defender.backbone.revision,
         "pack": pack.name,
+        "pack_commit": pack.origin.commit if pack.origin else None,
         "trained": pack.trained,
         "prompts": pack.prompts.config.to_dict(),
         "test_time": config.to_dict(),
         "attack": None if attack is None else attack.to_dict(),
         "epsilon_255": None if attack is None else attack.epsilon_255,
         "threat": None if attack is None else threat,
+        "target": None if attack is None else target,
         "seed": seed,
     }
 

@@ -26,16 +26,19 @@ THREATS = ("clip", "static")
 MAX_CLASSES = 1000
 
 
+def class_names(text: str) -> list[str]:
+    """The names in a text, one per line or by commas; trimmed, empty ones left out."""
+    names = (" ".join(part.split()) for line in text.splitlines() for part in line.split(","))
+    return [name for name in names if name]
+
+
 def parse_classes(text: str | Sequence[str]) -> list[str]:
     """Class names from text, one per line or by commas; trimmed, without repetitions.
 
     Raises:
         InputError: fewer than two names, or more than 1,000.
     """
-    if not isinstance(text, str):
-        text = "\n".join(text)
-    names = (" ".join(part.split()) for line in text.splitlines() for part in line.split(","))
-    classes = list(dict.fromkeys(name for name in names if name))
+    classes = list(dict.fromkeys(class_names(text if isinstance(text, str) else "\n".join(text))))
     if len(classes) < 2:
         raise InputError(
             f"Give at least two class names, one per line or separated by commas; "

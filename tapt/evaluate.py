@@ -29,6 +29,7 @@ from tqdm import tqdm
 from tapt.adaptive import DEPLOYED_THREATS, RANDOM_DEFENSES, ask, attack_deployed
 from tapt.attacks import ATTACKS, AttackConfig, attack_images, l2_norm, linf_255
 from tapt.backbone import Backbone
+from tapt.compare import ALL_THREATS
 from tapt.data import LabelledImages, load_data
 from tapt.defense import DEFENSES, THREATS, Defender, make_defender
 from tapt.errors import InputError
@@ -48,7 +49,6 @@ from tapt.report import Outcomes, markdown, table, write_plots
 from tapt.tuning import TuneConfig, tokens_per_image
 
 ALL_DEFENSES = (*DEFENSES, "random-start")
-ALL_THREATS = (*THREATS, *DEPLOYED_THREATS)
 OUTCOMES, SETTINGS, RESULTS = "outcomes.jsonl", "settings.json", "results.json"
 AGREEMENT_IMAGES = 500
 

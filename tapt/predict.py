@@ -6,8 +6,8 @@ import argparse
 import json
 
 from tapt.attacks import ATTACKS, AttackConfig
-from tapt.compare import Comparison, compare
-from tapt.defense import DEFENSES, THREATS, make_defender, parse_classes
+from tapt.compare import ALL_THREATS, Comparison, compare
+from tapt.defense import DEFENSES, make_defender, parse_classes
 from tapt.errors import InputError
 from tapt.images import open_image, save_png, to_picture
 from tapt.options import (
@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epsilon", type=fraction, default=4 / 255, help="such as 4/255")
     parser.add_argument("--steps", type=int, help="attack steps; default: the attack's own")
     parser.add_argument("--step-size", type=fraction, help="default 2.5 * epsilon / steps")
-    parser.add_argument("--threat", default="clip", choices=THREATS, help="model the attack sees")
+    parser.add_argument(
+        "--threat", default="clip", choices=ALL_THREATS, help="model the attack sees"
+    )
+    parser.add_argument("--eot", type=int, default=4, help="view sets per adaptive gradient")
     parser.add_argument("--label", help="true class; default: vanilla CLIP's clean answer")
     parser.add_argument("--seed", type=int, default=0)
     add_tuning_options(parser)
@@ -52,6 +55,7 @@ def run(args: argparse.Namespace) -> int:
         label=args.label,
         config=tuning_config(args, pack.test_time),
         seed=args.seed,
+        draws=args.eot,
     )
     if args.save:
         save_png(to_picture(result.attacked), args.save)
@@ -81,7 +85,7 @@ def table(result: Comparison) -> str:
         attack, epsilon = result.settings["attack"], result.settings["epsilon_255"]
         lines.append(
             f"{ATTACKS[attack['name']].title}-{attack['steps']} on "
-            f"{names[result.settings['threat']]}, "
+            f"{names.get(result.settings['threat'], 'the deployed TAPT')}, "
             + ("no epsilon, " if epsilon is None else f"epsilon {epsilon}/255, ")
             + f"measured L-inf {result.linf_255}/255, L2 {result.l2:.2f}"
         )

@@ -4,8 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -20,7 +27,20 @@ from safetensors.torch import save_file
 
 from tapt.backbone import Backbone, load_backbone
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
 ROOT = Path(__file__).resolve().parents[1]
+CHROMIUM_FLAGS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+TIMEOUT = 30_000  # ms; only a busy computer needs it
 TOY_CLASSES = ["cat", "dog", "sports car"]
 
 
@@ -105,3 +125,79 @@ def reference_weights(entries: list[dict]) -> dict[str, torch.Tensor]:
             values = (entry["base"] + entry["scale"] * noise).reshape(entry["shape"])
         weights[entry["name"]] = torch.from_numpy(np.asarray(values, dtype=np.float32))
     return weights
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """app.py in a process of its own; yields its address."""
+    folder = tmp_path_factory.mktemp("page")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    # another working folder, so that nothing depends on where the command is run
+    with open(folder / "log.txt", "w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--device", "cpu"],
+            cwd=folder,
+            env={**os.environ, "GRADIO_TEMP_DIR": str(folder / "uploads"), "HF_HUB_OFFLINE": "1"},
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            _wait_for(f"http://127.0.0.1:{port}/", process, folder / "log.txt")
+            yield f"http://127.0.0.1:{port}"
+            assert "Traceback" not in (folder / "log.txt").read_text()
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:
+    for _ in range(720):
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+            return
+        except OSError:
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.25)
+    raise AssertionError(f"app.py did not answer within three minutes:\n{log.read_text()}")
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Browser]:
+    from playwright.sync_api import sync_playwright
+
+    names = ("chromium", "chromium-browser", "google-chrome")
+    path = next(filter(None, map(shutil.which, names)), None)
+    if path is None:
+        pytest.fail(f"The page's tests need a browser: install one of {', '.join(names)}.")
+    with sync_playwright() as playwright:
+        running = playwright.chromium.launch(
+            executable_path=path, headless=True, args=CHROMIUM_FLAGS
+        )
+        yield running
+        running.close()
+
+
+@pytest.fixture
+def page(server: str, browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
+    """A fresh page with its first picture loaded; at the end, no script error and no request to
+    anywhere else. A parameter holds options of the browser's context."""
+    options = {"viewport": {"width": 1280, "height": 900}, **getattr(request, "param", {})}
+    context = browser.new_context(**options)
+    page = context.new_page()
+    page.set_default_timeout(TIMEOUT)
+    errors: list[str] = []
+    strangers: list[str] = []
+    page.on("pageerror", lambda error: errors.append(str(error)))
+    page.on("request", lambda r: None if _is_own(r.url, server) else strangers.append(r.url))
+    page.goto(server)
+    page.locator("#preview img").wait_for()
+    page.locator("#model-line", has_text="Prompts:").wait_for()
+    yield page
+    context.close()
+    assert (errors, strangers) == ([], [])
+
+
+def _is_own(url: str, server: str) -> bool:
+    return url.startswith((server, "data:", "blob:"))

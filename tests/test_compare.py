@@ -206,7 +206,7 @@ def test_the_static_threat_attacks_the_static_prompts(defender, image, finished)
 def test_unknown_label_and_threat_are_refused(defender, image):
     with pytest.raises(InputError, match="The true class 'horse' is not one of the class names"):
         compare(defender, image, label="horse")
-    with pytest.raises(InputError, match="threat must be one of clip, static, got 'square'"):
+    with pytest.raises(InputError, match="The threat square needs the attack square"):
         compare(defender, image, attack=ATTACK, threat="square")
     with pytest.raises(InputError, match="threat must be one of clip, static, got 'tapt'"):
         defender.classifier("tapt")

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -32,18 +35,51 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(processes: int, arguments: str) -> None:
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def command(processes: int, arguments: str) -> list[str]:
     launch = LAUNCH.format(n=processes) if processes > 1 else "-m tapt"
+    return [sys.executable, *launch.split(), *arguments.split()]
+
+
+def run(processes: int, arguments: str) -> None:
     done = subprocess.run(
-        [sys.executable, *launch.split(), *arguments.split()],
+        command(processes, arguments),
         cwd=ROOT,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
         timeout=300,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+def kill_after_the_first_batch(processes: int, arguments: str, outcomes: Path) -> None:
+    """SIGKILL to every process of the command, as soon as there is an outcome."""
+    running = subprocess.Popen(
+        command(processes, arguments),
+        cwd=ROOT,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 300
+    while not (outcomes.exists() and outcomes.stat().st_size):
+        assert running.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.killpg(running.pid, signal.SIGKILL)
+    running.wait(timeout=60)
+
+
+def table(out: Path) -> list[dict]:
+    """The rows without what was measured on the clock."""
+    measured = {"seconds_per_image", "attack_seconds_per_image", "peak_memory_mb"}
+    rows = json.loads((out / "results.json").read_text())["rows"]
+    return [{k: v for k, v in row.items() if k not in measured} for row in rows]
 
 
 def test_two_processes_equal_one(data: Path, toy_folder: Path, tmp_path: Path):
@@ -66,3 +102,29 @@ def test_two_processes_equal_one(data: Path, toy_folder: Path, tmp_path: Path):
         assert one.keys() == two.keys()
         for key in one:
             torch.testing.assert_close(two[key], one[key], rtol=tolerance, atol=tolerance)
+
+
+def test_evaluation_survives_kill_and_other_numbers_of_processes(
+    data: Path, toy_folder: Path, tmp_path: Path
+):
+    """One process to the end, one killed and continued by two, and two to the end."""
+    common = (
+        f"evaluate --backbone local-dir:{toy_folder} --device cpu --data {data} --views 6 "
+        "--threats static,adaptive --defenses static,tapt --epsilon 4/255 --steps 1 --eot 1 "
+        "--rescore 2 --limit 6 --batch-size 2"
+    )
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    run(1, f"{common} --out {whole}")
+    outcomes = broken / "outcomes.jsonl"
+    kill_after_the_first_batch(1, f"{common} --out {broken}", outcomes)
+    first = outcomes.read_bytes()
+    assert 0 < len(first) < (whole / "outcomes.jsonl").stat().st_size
+    with open(outcomes, "ab") as file:  # as if it had died within a write
+        file.write(first.splitlines()[0][:50])
+    run(2, f"{common} --out {broken}")
+    assert table(broken) == table(whole)
+    assert len(table(whole)) == 2 * (2 + 1)
+    assert outcomes.read_bytes().startswith(first)
+    both = tmp_path / "both"
+    run(2, f"{common} --out {both}")
+    assert table(both) == table(whole)

@@ -2,26 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+import html
+import inspect
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import gradio as gr
 from PIL import Image
+from torch import Tensor
 
-from tapt.attacks import AttackConfig
-from tapt.compare import Comparison, Progress, compare_steps
-from tapt.defense import parse_classes
+from tapt.adaptive import attack_seconds
+from tapt.attacks import ATTACKS
+from tapt.compare import Comparison, Progress, compare_steps, watched
+from tapt.defense import MAX_CLASSES, THREATS, class_names
 from tapt.errors import InputError, TaptError
-from tapt.images import to_picture
-from tapt.ui import inputs, render
+from tapt.images import open_image, to_picture
+from tapt.sweep import Sweep, sweep_steps
+from tapt.ui import details, inputs, known, links, on_gpu, render
 from tapt.ui.background import with_heartbeat
-from tapt.ui.known import unknown_names
-from tapt.ui.service import Service
+from tapt.ui.service import EMBEDDED_BACKBONE, Model, Service
 
-OUTPUTS = 6
+DRAWS = 4  # view sets per gradient of an adaptive attack
 BROKEN = "This run failed on the server, for a reason that its log names. Please try again."
+MODEL_FIELDS = ("backbone", "pack", "views", "keep", "tune_steps", "lr", "alpha")
+
+
+def _endpoint(fields: Sequence[str]) -> Callable[[Callable], Callable]:
+    """Names the parameters of an API endpoint after `fields`, checks the request, and shows the
+    person one sentence whatever goes wrong."""
+
+    def decorate(function: Callable) -> Callable:
+        def run(self: Handlers, *values: object) -> Iterator:
+            try:
+                raw = dict(zip(fields, values, strict=True))
+                yield from function(self, inputs.read_request(raw, self.uploads))
+            except TaptError as error:
+                raise inputs.refusal(error) from error
+            except gr.Error:
+                raise
+            except Exception as error:
+                raise gr.Error(BROKEN) from error  # with its traceback in the log
+
+        kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+        names = [
+            inspect.Parameter(name, kind, default=empty if name in ("self", "image") else None)
+            for name in ("self", *fields)
+        ]
+        run.__signature__ = inspect.Signature(names)
+        run.__name__, run.__doc__ = function.__name__, function.__doc__
+        return run
+
+    return decorate
 
 
 class Handlers:
@@ -30,119 +64,265 @@ class Handlers:
     uploads: the folder that pictures of requests may be read from.
     """
 
+    OUTPUTS = 8
+
     def __init__(self, service: Service, uploads: str) -> None:
         self.service = service
         self.uploads = uploads
+        self._gpu_steps, self._gpu_sweep = on_gpu(self._steps), on_gpu(self._sweep_steps)
+        self._gpu_estimate = on_gpu(self._estimate)
 
-    def compare(
-        self,
-        image: dict | None,
-        class_names: str | None,
-        attack: bool,
-        epsilon: float,
-        threat: str,
-        true_class: str | None = None,
-    ) -> Iterator[tuple]:
-        """Yields (status, verdict, table, pictures, perturbation, JSON) until all is there.
+    @_endpoint(inputs.FIELDS)
+    def compare(self, request: inputs.Request) -> Iterator[tuple]:
+        """Yields (status, verdict, answers, pictures, perturbation, details, downloads, JSON).
 
         Only changed values are sent in between; the last yield carries every one.
         """
-        try:
-            yield from self._compare(image, class_names, attack, epsilon, threat, true_class)
-        except TaptError as error:
-            raise inputs.refusal(error) from error
-        except gr.Error:
-            raise
-        except Exception as error:
-            raise gr.Error(BROKEN) from error  # with its traceback in the log
-
-    def _compare(self, image, class_names, attack, epsilon, threat, true_class) -> Iterator[tuple]:
-        payload = None if image is None else inputs.PictureInput.data_model(**image)
-        picture = inputs.read_picture(payload, self.uploads)
-        if picture is None:
-            raise InputError("Choose a picture first: upload one, paste one or pick an example.")
-        classes = tuple(parse_classes(inputs.read_text("Class names", class_names)))
-        label = inputs.read_label(inputs.read_text("True class", true_class), classes)
-        config = inputs.read_attack(attack, epsilon, threat)
-        yield render.status("Reading the class names"), "", "", None, "", None
-
+        yield render.status("Reading the class names"), "", "", None, "", "", "", None
         seen = None
-        for step in with_heartbeat(self._steps(picture, classes, config, threat, label)):
-            if step is None:
-                yield (gr.skip(),) * OUTPUTS
-                continue
-            progress, result = step
-            if result.finished:
+        for bar, result in self._watch(request, self._gpu_steps):
+            answers = None if result is None else _answers(result)
+            if result is not None and result.finished:
                 break
-            bar = render.status(progress.phase, progress.done, progress.total)
-            answers = _answers(result)
             if answers == seen:
-                yield bar, *(gr.skip(),) * (OUTPUTS - 1)
+                yield bar, *(gr.skip(),) * (self.OUTPUTS - 1)
             else:
                 seen = answers
-                yield bar, *self._values(result)
-        yield render.finished(result.seconds["total"]), *self._values(result)
+                yield bar, *self._values(result, request)
+        yield render.finished(result.seconds["total"]), *self._values(result, request)
 
-    def _steps(
-        self,
-        picture: Image.Image,
-        classes: tuple[str, ...],
-        config: AttackConfig | None,
-        threat: str,
-        label: str | None,
-    ) -> Generator[tuple[Progress, Comparison], None, None]:
-        service = self.service
-        names = {"backbone": service.backbone_name, "pack": service.pack_name}
-        steps = compare_steps(
-            service.defender(classes), picture, attack=config, threat=threat, label=label
-        )
-        with closing(steps):
-            for progress, result in steps:
-                result.settings.update(names)  # visitors need not know the server's folders
-                yield progress, _snapshot(result)
+    @_endpoint(inputs.SWEEP_FIELDS)
+    def sweep(self, request: inputs.Request) -> Iterator[tuple]:
+        """Yields (status, curves, published accuracy, JSON), filling in."""
+        if request.attack is None:
+            raise InputError("Choose an attack first: a sweep shows what more of it does.")
+        yield render.status("Reading the class names"), "", "", None
+        began, seen, published, found = time.monotonic(), None, "", None
+        for bar, found in self._watch(request, self._gpu_sweep):
+            points = None if found is None else len(found.probabilities["tapt"])
+            if points == seen:
+                yield bar, gr.skip(), gr.skip(), gr.skip()
+                continue
+            seen = points
+            pack = self.service.model(request.backbone, request.pack).pack
+            published = published or render.published(pack)
+            yield bar, render.sweep(found), published, found.to_dict()
+        bar = render.finished(time.monotonic() - began)
+        yield bar, render.sweep(found), published, found.to_dict()
 
-    def _values(self, result: Comparison) -> tuple[Any, ...]:
+    @_endpoint(inputs.FIELDS)
+    def analyze(self, request: inputs.Request) -> Iterator[dict]:
+        """The JSON object of `python -m tapt predict --json`, once all is there."""
+        for _, found in self._watch(request, self._gpu_steps):
+            result = found
+            yield gr.skip()
+        yield result.to_dict()
+
+    def _watch(
+        self, request: inputs.Request, steps: Callable[[inputs.Request], Generator]
+    ) -> Iterator[tuple[Any, Any]]:
+        """Pairs of the status and what is there by then, nothing before the model is loaded."""
+
+        def work() -> Generator[tuple[Progress, Any], None, None]:
+            yield from self._load(request.backbone, request.pack)  # here, not in a fork
+            with closing(steps(request)) as computed:
+                yield from computed
+
+        phase, began, result = "", 0.0, None
+        for step in with_heartbeat(work()):
+            if step is None:
+                yield gr.skip(), result
+                continue
+            progress, result = step
+            if progress.phase != phase:
+                phase, began = progress.phase, time.monotonic()
+            bar = render.status(phase, progress.done, progress.total, time.monotonic() - began)
+            yield bar, result
+
+    def _load(self, backbone: str, pack: str) -> Generator[tuple[Progress, None], None, Model]:
+        def load(report: Callable[[int, int], None]) -> Model:
+            return self.service.model(backbone, pack, report)
+
+        return (yield from watched("download", None, load))
+
+    def _steps(self, request: inputs.Request) -> Generator[tuple[Progress, Comparison], None, None]:
+        yield from self._computed(request, compare_steps, attack=request.attack)
+
+    def _sweep_steps(
+        self, request: inputs.Request
+    ) -> Generator[tuple[Progress, Sweep], None, None]:
+        options = {"attack": request.attack, "epsilons": request.epsilons}
+        yield from self._computed(request, sweep_steps, **options)
+
+    def _computed(
+        self, request: inputs.Request, compute: Callable, **options: object
+    ) -> Generator[tuple[Progress, Any], None, None]:
+        try:
+            model = self.service.model(request.backbone, request.pack)
+            steps = compute(
+                self.service.defender(model, request.classes),
+                request.picture,
+                threat=request.threat,
+                label=request.label,
+                target=request.target,
+                draws=DRAWS,
+                config=model.pack.test_time.updated(**request.changes),
+                seed=request.seed,
+                **options,
+            )
+            names = {"backbone": model.backbone_name, "pack": model.pack_name}
+            with closing(steps):
+                for progress, result in steps:
+                    result.settings.update(names)  # no folders of the server
+                    yield progress, _snapshot(result)
+        except TaptError as error:  # another process can only hand on gradio's own errors
+            raise inputs.refusal(error) from error
+
+    def _values(self, result: Comparison, request: inputs.Request) -> tuple[Any, ...]:
         attacked = result.attacked is not None
-        unknown = unknown_names(result.classes) if self.service.embedded else []
-        trained = self.service.pack.trained
+        embedded = result.settings["backbone"] == EMBEDDED_BACKBONE
+        unknown = known.unknown_names(result.classes) if embedded else []
+        numbers = {
+            "verdict": result.verdict(),
+            "finished": result.finished,
+            "unknown_classes": unknown,
+            **result.to_dict(),
+        }
+        take_away = ""
+        if result.finished:
+            link = links.to_link(request.values, to_picture(result.clean))
+            take_away = render.downloads(result, numbers, link)
         return (
-            render.verdict(result, trained=trained, unknown=unknown),
-            render.facts(result, trained=trained) + render.table(result, trained=trained),
+            render.verdict(result, unknown),
+            render.table(result) + render.facts(result),
             (to_picture(result.clean), to_picture(result.attacked)) if attacked else None,
             render.perturbation(result),
-            {
-                "verdict": result.verdict(),
-                "finished": result.finished,
-                "unknown_classes": unknown,
-                **result.to_dict(),
-            },
+            details.what_tapt_did(result),
+            take_away,
+            numbers,
         )
 
-    def preview(self, picture: Image.Image | None) -> str:
+    def start(self, link: str) -> tuple:
+        """The inputs as the page opens, in the order of `inputs.FIELDS`: an example, or what a
+        link restores; then the line about the model."""
+        try:
+            if link:
+                values = links.from_link(link)
+                request = inputs.read_request(values, self.uploads)
+                model = self.service.model(request.backbone, request.pack)
+                values |= {"true_class": request.label or "", "target": request.target or ""}
+                names = [("", ""), *((name, name) for name in request.classes)]
+                for name in ("true_class", "target"):
+                    values[name] = gr.update(value=values[name], choices=names)
+                rest = (values.get(name) for name in inputs.FIELDS[1 : -len(MODEL_FIELDS)])
+                return request.picture, *rest, *self._model_values(model, values)
+        except TaptError as error:
+            gr.Warning(html.escape(str(error), quote=False))
+        skipped = (gr.skip(),) * (len(inputs.FIELDS) - 1 - len(MODEL_FIELDS))
+        return (
+            open_image(known.EXAMPLES[0].path),
+            *skipped,
+            *self._model_values(self.service.model(), {}),
+        )
+
+    def choose(self, backbone: str, pack: str = "") -> Iterator[tuple]:
+        """The fields of the defence for a backbone and a pack, with the pack's own settings, and
+        the line about the model."""
+        backbone, pack = (inputs.read_text("Name", name) for name in (backbone, pack))
+        try:
+            for step in with_heartbeat(self._load(backbone, pack)):
+                at = step[0] if step else Progress("Loading the model", 0, 0)
+                bar = render.status(at.phase, at.done, at.total)
+                yield *(gr.skip(),) * len(MODEL_FIELDS), bar
+            yield self._model_values(self.service.model(backbone, pack), {})
+        except TaptError as error:
+            raise inputs.refusal(error) from error
+
+    def packs(self, backbone: str, pack: str) -> dict:
+        """The choices of the pack, those of the Hub among them, and a word where it is silent."""
+        names, info = self.service.packs(backbone), render.PACK_INFO
+        try:
+            names += self.service.hub_packs(backbone)
+        except TaptError as error:
+            info = f"{error} Only the packs at hand are listed."
+        return gr.update(choices=list(dict.fromkeys([*names, pack])), info=info)
+
+    def _model_values(self, model: Model, changed: Mapping[str, object]) -> tuple:
+        own = model.pack.test_time.to_dict() | {"tune_steps": model.pack.test_time.steps}
+        own |= {name: value for name, value in changed.items() if value is not None}
+        names = list(dict.fromkeys([*self.service.packs(model.backbone_name), model.pack_name]))
+        packs = gr.update(choices=names, value=model.pack_name)
+        numbers = (own[name] for name in MODEL_FIELDS[2:])
+        return model.backbone_name, packs, *numbers, render.model_line(model)
+
+    def preview(self, picture: Image.Image | None, backbone: str) -> str:
         """What the model will see of a picture."""
         if picture is None:
             return ""
-        return render.preview(to_picture(self.service.backbone.preprocess(picture)))
-
-    def classes_note(self, class_names: str) -> str:
-        """What the embedded model makes of the class names; nothing for other backbones."""
-        if not self.service.embedded:
-            return ""
         try:
-            names = parse_classes(class_names or "")
-        except InputError:
-            names = []
-        return render.classes_note(unknown_names(names))
+            model = self.service.model(backbone)
+        except TaptError as error:
+            raise inputs.refusal(error) from error
+        return render.preview(to_picture(model.backbone.preprocess(picture)))
+
+    def classes(self, text: str, true_class: str, target: str, backbone: str) -> tuple:
+        """What is to say about the class names, and the choices of the true class and target."""
+        every = class_names((text or "")[: inputs.MAX_TEXT])
+        names = list(dict.fromkeys(every))
+        unknown = known.unknown_names(names) if backbone == EMBEDDED_BACKBONE else None
+        note = render.classes_note(len(names), len(every) - len(names), unknown)
+        choices = names[:MAX_CLASSES]
+        return note, *(
+            gr.update(choices=[(empty, ""), *choices], value=value if value in choices else "")
+            for empty, value in ((render.NO_LABEL, true_class), (render.NO_TARGET, target))
+        )
+
+    def attack(self, name: str, threat: str) -> tuple:
+        """The lines that explain an attack and its view, and which fields apply to it: epsilon,
+        attacked model, step size, target."""
+        row = ATTACKS.get(name)
+        shown = (
+            row is not None and row.norm == "Linf",
+            row is not None,
+            row is not None and row.step_size,
+            row is not None and row.targeted,
+        )
+        return render.attack_note(row, threat), *(gr.update(visible=on) for on in shown)
+
+    def estimate(self, *values: object) -> str:
+        """How long an attack on the deployed TAPT will take; nothing for the other attacks."""
+        try:
+            raw = dict(zip(inputs.FIELDS, values, strict=True))
+            request = inputs.read_request(raw, self.uploads)
+            if request.attack is None or request.threat in THREATS:
+                return ""
+            self.service.model(request.backbone, request.pack)  # loaded here, not in a fork
+            return render.estimate(*self._gpu_estimate(request))
+        except (TaptError, gr.Error):
+            return ""  # Run says what is wrong
+
+    def _estimate(self, request: inputs.Request) -> Generator[float, None, None]:
+        model = self.service.model(request.backbone, request.pack)
+        yield attack_seconds(
+            self.service.defender(model, request.classes),
+            "tapt",
+            request.attack,
+            config=model.pack.test_time.updated(**request.changes),
+            draws=1 if request.threat == "square" else DRAWS,
+        )
 
 
-def _snapshot(result: Comparison) -> Comparison:
-    """A copy to read while the run goes on in its own thread."""
-    return replace(
-        result,
-        results={name: dict(kinds) for name, kinds in result.results.items()},
-        traces=dict(result.traces),
-        seconds=dict(result.seconds),
-    )
+def _snapshot(value: Any) -> Any:
+    """A copy to read while the run goes on in its own thread, with its tensors on the CPU."""
+    if isinstance(value, Tensor):
+        return value.cpu()
+    if isinstance(value, dict):
+        return {key: _snapshot(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return list(value)
+    if is_dataclass(value):
+        return replace(value, **{f.name: _snapshot(getattr(value, f.name)) for f in fields(value)})
+    return value
 
 
 def _answers(result: Comparison) -> set[tuple[str, str]]:

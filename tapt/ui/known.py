@@ -1,8 +1,13 @@
-"""The ten kinds that the embedded model was trained on, and everyday names for them."""
+"""What the page knows by heart: the embedded model's ten kinds with everyday names for them, the
+class names of data sets, and the examples."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+from tapt.datasets import benchmarks
 
 KINDS = {
     "airplane": ("plane", "aeroplane", "jet", "aircraft", "airliner", "jumbo jet"),
@@ -31,3 +36,35 @@ def is_known(name: str) -> bool:
 def unknown_names(classes: Iterable[str]) -> list[str]:
     """The class names that are none of the ten kinds."""
     return [name for name in classes if not is_known(name)]
+
+
+TEN_KINDS = ", ".join(KINDS)
+OWN_PRESET = "The embedded model's ten kinds"
+
+
+def presets() -> dict[str, str]:
+    """Class names by data set, as text for the page."""
+    sets = {name: "\n".join(benchmark.classes) for name, benchmark in benchmarks().items()}
+    return {OWN_PRESET: TEN_KINDS, **sets}
+
+
+class Example(NamedTuple):
+    """A picture that comes with the page."""
+
+    name: str
+    file: str
+    classes: str = TEN_KINDS
+
+    @property
+    def path(self) -> Path:
+        return Path(__file__).parent / "examples" / self.file
+
+
+EXAMPLES = [
+    Example("Cat", "cat.png"),
+    Example("Plane", "tuxpaint-gpl2/airplane.png"),
+    Example("Horse", "tuxpaint-gpl2/horse.png"),
+    Example("Frog", "tuxpaint-gpl2/frog.png"),
+    Example("Truck", "tuxpaint-gpl2/fire-truck.png", "fire truck, sports car, airplane, ship"),
+    Example("Coffee", "coffee.png", "cup of coffee, teapot, cat, dog"),
+]

@@ -3,40 +3,53 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 import gradio as gr
 
+from tapt.attacks import ATTACKS
+from tapt.compare import ALL_THREATS
+from tapt.defense import THREATS
 from tapt.images import open_image
-from tapt.ui import render
-from tapt.ui.handlers import Handlers
-from tapt.ui.inputs import MAX_BYTES, MAX_EPSILON, PGD_STEPS, PictureInput
-from tapt.ui.known import KINDS
+from tapt.ui import known, render
+from tapt.ui.handlers import MODEL_FIELDS, Handlers
+from tapt.ui.inputs import (
+    FIELDS,
+    MAX_BYTES,
+    NUMBERS,
+    SWEEP_FIELDS,
+    PictureInput,
+)
 from tapt.ui.service import Service
 
 FOLDER = Path(__file__).parent
-EXAMPLES = FOLDER / "examples"
-TEN_KINDS = ", ".join(KINDS)
-# name, picture, class names
-EXAMPLE_ROWS = [
-    ("Cat", "cat.png", TEN_KINDS),
-    ("Plane", "tuxpaint-gpl2/airplane.png", TEN_KINDS),
-    ("Horse", "tuxpaint-gpl2/horse.png", TEN_KINDS),
-    ("Frog", "tuxpaint-gpl2/frog.png", TEN_KINDS),
-    ("Truck", "tuxpaint-gpl2/fire-truck.png", "fire truck, sports car, airplane, ship"),
-    ("Coffee", "coffee.png", "cup of coffee, teapot, cat, dog"),
-]
-DEFAULT_EPSILON = 4
+MAX_WAITING = 32
+DEFAULT_ATTACK = "pgd"
 QUIET = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
-API_DESCRIPTION = f"""Compares vanilla CLIP and TAPT on one picture, attacked or not.
+API_INPUTS = f"""
 image: the picture. class_names: one per line or separated by commas, two at least.
-attack: whether to attack the picture by PGD. epsilon: L-inf radius in 1/255, a whole number from
-0 (no attack) to {MAX_EPSILON}. threat: the attacked model, `clip` (vanilla CLIP) or `static` (the
-static prompts). true_class: one of the class names, or empty for vanilla CLIP's own clean answer.
-The last of the returned values is a JSON object with all numbers; the first four are what the page
-shows: status, verdict, tables and perturbation as HTML, and the original and the attacked 8-bit
-image as PNG files."""
+attack: {", ".join(("none", *ATTACKS))}. epsilon: L-inf radius in 1/255, a whole number from 0 (no
+attack) to {NUMBERS["epsilon"].high}. threat: the attacked model, {", ".join(ALL_THREATS)}
+(the latter two: the deployed TAPT, by queries of the attack square or by gradients).
+true_class: one of the class names, or empty for vanilla CLIP's own clean answer. steps: of the
+attack, 0 for its own number. step_size: in 1/255, 0 for automatic. target: a class name to move
+towards, or empty. seed: of views and attack. backbone, pack: names that the page offers.
+views, keep, tune_steps, lr, alpha: test-time settings, the pack's own where they are left out."""
+COMPARE_API = f"""Compares vanilla CLIP and TAPT on one picture, attacked or not.
+{API_INPUTS}
+The last of the returned values is a JSON object with all numbers; the others are what the page
+shows: HTML, and the original and the attacked 8-bit image as PNG files."""
+ANALYZE_API = f"""Vanilla CLIP, static prompts, untuned view ensemble and TAPT on one picture,
+attacked or not: every probability as one JSON object.
+{API_INPUTS}"""
+SWEEP_API = f"""Attacks one picture with growing epsilon and returns every defence's probability
+of the true class, as a JSON object in the last value; the others are what the page shows.
+max_epsilon, epsilon_step: in 1/255; the sweep begins at 0.
+{API_INPUTS}"""
+# raw values: the handlers check each one and say what is wrong with it
+MODEL_QUEUE = {"preprocess": False, "concurrency_limit": 1, "concurrency_id": "model"}
 THEME = gr.themes.Default(
     primary_hue="indigo",
     neutral_hue="slate",
@@ -69,55 +82,97 @@ def launch_options() -> dict:
         "footer_links": ["api"],
         "max_file_size": MAX_BYTES,
         "share": False,
-        "mcp_server": False,
         "ssr_mode": False,
         "_frontend": False,  # without the check of itself, which fails on a busy computer
     }
 
 
 def build_page(service: Service) -> gr.Blocks:
-    """The whole page for a loaded model, with its queue."""
+    """The whole page for a service, with its queue."""
     # uploads live a day: a short age would delete a queued picture before its turn
     with gr.Blocks(title="TAPT", delete_cache=(3600, 86400), analytics_enabled=False) as page:
-        gr.HTML(
-            render.header(_service_line(service), trained=service.pack.trained),
-            apply_default_css=False,
-        )
+        gr.HTML(render.header(), apply_default_css=False)
+        model_line = gr.HTML(apply_default_css=False, elem_id="model-line")
+        fields: dict[str, gr.components.Component] = {}
         with gr.Row(elem_id="columns"):
             with gr.Column(scale=2, min_width=300, elem_id="inputs"):
-                picture, preview = _picture_inputs()
+                preview = _picture_inputs(fields)
                 examples = gr.Column(elem_id="examples")
-                classes, note = _class_inputs(service)
-                attack, epsilon, threat, true_class = _attack_inputs(service)
-            with gr.Column(scale=3, min_width=300, elem_id="results"):
-                with gr.Row(elem_id="actions"):
-                    run = gr.Button("Run", variant="primary", elem_id="run", scale=2)
-                    stop = gr.Button("Stop", elem_id="stop", scale=1, min_width=80)
-                outputs = _outputs()
-        handlers = Handlers(service, picture.GRADIO_CACHE)
-        _wire_inputs(handlers, picture, preview, classes, note)
-        inputs = [picture, classes, attack, epsilon, threat, true_class]
-        _wire_run(handlers, run, stop, inputs, outputs)
+                preset, note = _class_inputs(fields)
+                attack_notes = _attack_inputs(fields)
+                reset = _defense_inputs(fields, service)
+            with gr.Column(scale=3, min_width=300), gr.Tabs():
+                with gr.Tab("Compare", elem_id="results"):
+                    buttons = _buttons("run", "Run")
+                    outputs = _outputs()
+                with gr.Tab("Sweep", elem_id="sweep"):
+                    _sweep_inputs(fields)
+                    sweep_buttons = _buttons("run-sweep", "Run the sweep")
+                    sweep_outputs = _sweep_outputs()
+        handlers = Handlers(service, fields["image"].GRADIO_CACHE)
+        inputs = [fields[name] for name in FIELDS]
+        sweep_inputs = [fields[name] for name in SWEEP_FIELDS]
+        _wire_run(handlers.compare, buttons, inputs, outputs, COMPARE_API)
+        _wire_run(handlers.sweep, sweep_buttons, sweep_inputs, sweep_outputs, SWEEP_API)
+        _wire_analyze(handlers, inputs)
+        _wire_picture(handlers, fields, preview)
+        _wire_classes(handlers, fields, preset, note)
+        _wire_attack(handlers, fields, *attack_notes)
+        _wire_model(handlers, fields, reset, model_line)
         with examples:
-            _examples([picture, classes, attack, epsilon, true_class])
-        note.value = handlers.classes_note(TEN_KINDS)
-        # not the component's value, which would become the API's default for `image`
-        first = EXAMPLES / EXAMPLE_ROWS[0][1]
-        page.load(lambda: open_image(first), None, picture, **QUIET)
-    return page.queue(max_size=16)
+            _examples([fields[name] for name in ("image", "class_names", "attack", "true_class")])
+        note.value = handlers.classes(known.TEN_KINDS, "", "", service.first.backbone_name)[0]
+        # not the components' values, which would become the API's defaults
+        link = gr.Textbox(visible=False)
+        page.load(
+            handlers.start,
+            link,
+            [*inputs, model_line],
+            js="() => location.hash.slice(1)",
+            show_progress="hidden",
+            api_visibility="private",
+        )
+    return page.queue(max_size=MAX_WAITING)
 
 
-def _service_line(service: Service) -> str:
-    size = service.size
-    model = "tiny, the embedded CLIP" if service.embedded else service.backbone_name
-    return f"Model: {model} ({size} × {size} pixels). Prompts: {service.pack_name}."
+def _buttons(elem_id: str, name: str) -> tuple[gr.Button, gr.Button]:
+    with gr.Row():
+        run = gr.Button(name, variant="primary", elem_id=elem_id, elem_classes="t-run", scale=2)
+        stop = gr.Button("Stop", elem_classes="t-stop", scale=1, min_width=80)
+    return run, stop
 
 
-def _picture_inputs() -> tuple[PictureInput, gr.HTML]:
+def _sweep_inputs(fields: dict) -> None:
+    gr.HTML(
+        '<p class="t-small">The picture, the class names, the attack and the defence on the left, '
+        "once for every epsilon.</p>",
+        apply_default_css=False,
+    )
+    with gr.Row():
+        _number(fields, "max_epsilon")
+        _number(fields, "epsilon_step")
+
+
+def _sweep_outputs() -> list[gr.components.Component]:
+    """The values of `Handlers.sweep`."""
+    bare = {"apply_default_css": False}
+    status = gr.HTML(label="Status", elem_id="sweep-status", **bare)
+    with gr.Row():
+        with gr.Column(min_width=320):
+            curves = gr.HTML(label="Curves", elem_id="curves", **bare)
+        with gr.Column(min_width=320):
+            published = gr.HTML(label="Published accuracy", elem_id="published", **bare)
+    with gr.Accordion("The sweep as JSON", open=False, elem_id="sweep-json"):
+        numbers = gr.JSON(label="Result", show_label=False, buttons=["copy"])
+    return [status, curves, published, numbers]
+
+
+def _picture_inputs(fields: dict) -> gr.HTML:
     with gr.Row(elem_id="picture-row"):
-        picture = PictureInput(
+        fields["image"] = PictureInput(
             label="Picture",
-            sources=["upload", "clipboard"],
+            sources=["upload", "clipboard", "webcam"],
+            webcam_options=gr.WebcamOptions(mirror=False),
             format="png",
             height=220,
             buttons=[],
@@ -127,69 +182,133 @@ def _picture_inputs() -> tuple[PictureInput, gr.HTML]:
             scale=3,
         )
         with gr.Column(min_width=120, scale=2):
-            preview = gr.HTML(
-                label="What the model sees", apply_default_css=False, elem_id="preview"
-            )
-    return picture, preview
+            return gr.HTML(label="What the model sees", apply_default_css=False, elem_id="preview")
 
 
-def _class_inputs(service: Service) -> tuple[gr.Textbox, gr.HTML]:
-    classes = gr.Textbox(
-        TEN_KINDS,
+def _class_inputs(fields: dict) -> tuple[gr.Dropdown, gr.HTML]:
+    preset = gr.Dropdown(
+        list(known.presets()),
+        value=None,
+        label="Class names from a data set",
+        elem_id="preset",
+    )
+    fields["class_names"] = gr.Textbox(
+        known.TEN_KINDS,
         label="Class names",
         info="What CLIP may answer: one per line, or separated by commas.",
         lines=3,
         max_lines=8,
         elem_id="classes",
     )
-    note = gr.HTML(apply_default_css=False, elem_id="classes-note", visible=service.embedded)
-    return classes, note
+    note = gr.HTML(apply_default_css=False, elem_id="classes-note")
+    fields["true_class"] = gr.Dropdown(
+        [(render.NO_LABEL, ""), *known.KINDS],
+        value="",
+        label="True class",
+        info="What counts as right.",
+        allow_custom_value=True,  # the choices follow the class names
+        elem_id="true-class",
+    )
+    return preset, note
 
 
-def _attack_inputs(service: Service) -> tuple[gr.Checkbox, gr.Slider, gr.Radio, gr.Textbox]:
+def _attack_inputs(fields: dict) -> tuple[gr.HTML, gr.HTML]:
     with gr.Group():
-        attack = gr.Checkbox(
-            True,
-            label="Attack the picture",
-            info=f"PGD, {PGD_STEPS} steps, within epsilon of every pixel (L∞).",
+        fields["attack"] = gr.Dropdown(
+            [("none", "none"), *((row.title, name) for name, row in ATTACKS.items())],
+            value=DEFAULT_ATTACK,
+            label="Attack",
             elem_id="attack",
         )
-        epsilon = gr.Slider(
-            0,
-            MAX_EPSILON,
-            value=DEFAULT_EPSILON,
+        epsilon = NUMBERS["epsilon"]
+        fields["epsilon"] = gr.Slider(
+            epsilon.low,
+            epsilon.high,
+            value=epsilon.default,
             step=1,
-            label="Epsilon",
-            info="In steps of 1/255; 0 is no attack.",
+            label=epsilon.label,
+            info=epsilon.info,
             elem_id="epsilon",
         )
-        untrained = "" if service.pack.trained else f" ({render.UNTRAINED})"
-        threat = gr.Radio(
-            [("vanilla CLIP", "clip"), (f"static prompts{untrained}", "static")],
-            value="clip",
+        fields["threat"] = gr.Radio(
+            [(render.THREATS[name][0], name) for name in (*THREATS, "adaptive")],
+            value=THREATS[0],
             label="The attack sees",
             elem_id="threat",
         )
-    true_class = gr.Textbox(
-        "",
-        label="True class (optional)",
-        info="One of the names above. Empty: vanilla CLIP's own answer to the original.",
-        max_lines=1,
-        elem_id="true-class",
+        note = gr.HTML(
+            render.attack_note(ATTACKS[DEFAULT_ATTACK], THREATS[0]),
+            apply_default_css=False,
+            elem_id="attack-note",
+        )
+        estimate = gr.HTML(apply_default_css=False, elem_id="estimate")
+    with gr.Accordion("More about the attack", open=False, elem_id="more-attack"):
+        with gr.Row():
+            _number(fields, "steps")
+            _number(fields, "step_size")
+        fields["target"] = gr.Dropdown(
+            [(render.NO_TARGET, ""), *known.KINDS],
+            value="",
+            label="Target",
+            info="A class that the attack moves towards.",
+            allow_custom_value=True,
+            elem_id="target",
+        )
+        _number(fields, "seed")
+    return note, estimate
+
+
+def _defense_inputs(fields: dict, service: Service) -> gr.Button:
+    with gr.Accordion("Defence", open=False, elem_id="defense"):
+        fields["backbone"] = gr.Dropdown(
+            list(service.backbones),
+            value=service.first.backbone_name,
+            label="Backbone",
+            allow_custom_value=not service.on_space,
+            elem_id="backbone",
+        )
+        fields["pack"] = gr.Dropdown(
+            service.packs(service.first.backbone_name),
+            value=None,
+            label="Prompts",
+            info=render.PACK_INFO,
+            allow_custom_value=True,
+            elem_id="pack",
+        )
+        with gr.Row():
+            _number(fields, "views")
+            _number(fields, "keep")
+        with gr.Row():
+            _number(fields, "tune_steps")
+            _number(fields, "lr")
+        _number(fields, "alpha")
+        return gr.Button("Back to the pack's own settings", size="sm", elem_id="reset")
+
+
+def _number(fields: dict, name: str) -> None:
+    rule = NUMBERS[name]
+    fields[name] = gr.Number(
+        rule.default,
+        label=rule.label,
+        info=rule.info,
+        minimum=rule.low,
+        maximum=rule.high,
+        step=1 if rule.whole else 0.0001,
+        min_width=120,
     )
-    return attack, epsilon, threat, true_class
 
 
 def _outputs() -> list[gr.components.Component]:
-    """Status, verdict, table, pictures, perturbation, JSON; empty ones are hidden by the CSS."""
-    status = gr.HTML(label="Status", apply_default_css=False, elem_id="status")
+    """The values of `Handlers.compare`; empty ones are hidden by the stylesheet."""
+    bare = {"apply_default_css": False}
+    status = gr.HTML(label="Status", elem_id="status", **bare)
     verdict = gr.HTML(
         label="Verdict",
         html_template='<div role="status" aria-live="polite">${value}</div>',
-        apply_default_css=False,
         elem_id="verdict",
+        **bare,
     )
-    gr.HTML(render.welcome(), apply_default_css=False, elem_id="welcome")
+    gr.HTML(render.welcome(), elem_id="welcome", **bare)
     with gr.Row(elem_id="pictures"):
         slider = gr.ImageSlider(
             label="Original (left) and attacked (right)",
@@ -201,26 +320,23 @@ def _outputs() -> list[gr.components.Component]:
             min_width=240,
         )
         with gr.Column(scale=1, min_width=240):
-            perturbation = gr.HTML(
-                label="Perturbation", apply_default_css=False, elem_id="perturbation"
-            )
-    table = gr.HTML(label="Answers", apply_default_css=False, elem_id="answers")
+            perturbation = gr.HTML(label="Perturbation", elem_id="perturbation", **bare)
+    gr.Checkbox(False, label="Show the five most probable answers", elem_id="top5")
+    answers = gr.HTML(label="Answers", elem_id="answers", **bare)
+    with gr.Accordion("What TAPT did", open=False, elem_id="did"):
+        did = gr.HTML(label="What TAPT did", **bare)
+    downloads = gr.HTML(label="Take away", elem_id="downloads", **bare)
     with gr.Accordion("All numbers as JSON", open=False, elem_id="json"):
         numbers = gr.JSON(label="Result", show_label=False, buttons=["copy"])
-    return [status, verdict, table, slider, perturbation, numbers]
+    return [status, verdict, answers, slider, perturbation, did, downloads, numbers]
 
 
-def _wire_inputs(
-    handlers: Handlers,
-    picture: PictureInput,
-    preview: gr.HTML,
-    classes: gr.Textbox,
-    note: gr.HTML,
-) -> None:
+def _wire_picture(handlers: Handlers, fields: dict, preview: gr.HTML) -> None:
     # queued, since the browser shows no error of a call that is not
-    shown = picture.change(
+    shown = gr.on(
+        [fields["image"].change, fields["backbone"].change],
         handlers.preview,
-        picture,
+        [fields["image"], fields["backbone"]],
         preview,
         trigger_mode="always_last",
         concurrency_limit=4,
@@ -228,28 +344,77 @@ def _wire_inputs(
         api_visibility="private",
     )
     shown.failure(None, None, preview, js="() => ''", **QUIET)
-    classes.change(handlers.classes_note, classes, note, trigger_mode="always_last", **QUIET)
 
 
-def _wire_run(handlers: Handlers, run, stop, inputs: list, outputs: list) -> None:
-    status = outputs[0]
+def _wire_classes(handlers: Handlers, fields: dict, preset: gr.Dropdown, note: gr.HTML) -> None:
+    classes, true_class, target = (fields[n] for n in ("class_names", "true_class", "target"))
+    preset.input(lambda name: known.presets().get(name, gr.skip()), preset, classes, **QUIET)
+    gr.on(
+        [classes.change, fields["backbone"].change],
+        handlers.classes,
+        [classes, true_class, target, fields["backbone"]],
+        [note, true_class, target],
+        preprocess=False,
+        trigger_mode="always_last",
+        **QUIET,
+    )
+
+
+def _wire_attack(handlers: Handlers, fields: dict, note: gr.HTML, estimate: gr.HTML) -> None:
+    inputs = [fields["attack"], fields["threat"]]
+    shown = [note, *(fields[name] for name in ("epsilon", "threat", "step_size", "target"))]
+    changes = [field.change for field in inputs]
+    gr.on(changes, handlers.attack, inputs, shown, trigger_mode="always_last", **QUIET)
+    gr.on(
+        [*changes, *(fields[name].change for name in ("steps", "views", "keep", "tune_steps"))],
+        handlers.estimate,
+        [fields[name] for name in FIELDS],
+        estimate,
+        trigger_mode="always_last",
+        show_progress="hidden",
+        api_visibility="private",
+        **MODEL_QUEUE,
+    )
+
+
+def _wire_model(handlers: Handlers, fields: dict, reset: gr.Button, line: gr.HTML) -> None:
+    backbone, pack = fields["backbone"], fields["pack"]
+    common = {
+        "outputs": [*(fields[name] for name in MODEL_FIELDS), line],
+        "show_progress": "minimal",
+        "show_progress_on": [line],
+        "api_visibility": "private",
+        **MODEL_QUEUE,
+    }
+    backbone.input(handlers.choose, backbone, **common)
+    gr.on([pack.input, reset.click], handlers.choose, [backbone, pack], **common)
+    # asked only when somebody looks: the page itself needs no network
+    pack.focus(
+        handlers.packs,
+        [backbone, pack],
+        pack,
+        preprocess=False,
+        show_progress="hidden",
+        api_visibility="private",
+    )
+
+
+def _wire_run(handler: Callable, buttons: tuple, inputs: list, outputs: list, api: str) -> None:
+    (run, stop), status = buttons, outputs[0]
     waiting, stopped = (json.dumps(html) for html in (render.waiting(), render.stopped()))
     private = {"api_visibility": "private"}
     start = f"() => {{ window.taptStopped = false; return {waiting} }}"
     run.click(None, None, status, js=start, **private)
     event = run.click(
-        handlers.compare,
+        handler,
         inputs,
         outputs,
-        # raw values: handlers.compare checks each one and says what is wrong with it
-        preprocess=False,
         show_progress="minimal",
         show_progress_on=[status],
-        api_name="compare",
-        api_description=API_DESCRIPTION,
-        concurrency_limit=1,
-        concurrency_id="model",
+        api_name=handler.__name__,
+        api_description=api,
         trigger_mode="once",
+        **MODEL_QUEUE,
     )
     # a last value may arrive after Stop, and a stopped run then counts as failed
     end = f"() => window.taptStopped ? {stopped} : ''"
@@ -258,15 +423,26 @@ def _wire_run(handlers: Handlers, run, stop, inputs: list, outputs: list) -> Non
     stop.click(None, None, status, js=halt, cancels=[event], **private)
 
 
+def _wire_analyze(handlers: Handlers, inputs: list) -> None:
+    """An endpoint for programs; nothing on the page calls it."""
+    gr.Button(visible=False).click(
+        handlers.analyze,
+        inputs,
+        gr.JSON(visible=False, label="Result"),
+        api_name="analyze",
+        api_description=ANALYZE_API,
+        **MODEL_QUEUE,
+    )
+
+
 def _examples(outputs: list) -> None:
     """Buttons with a picture and a name; `gr.Examples` gives its thumbnails no name to read out."""
     gr.HTML('<p class="t-label">Examples</p>', apply_default_css=False)
     with gr.Row(elem_id="example-buttons"):
-        for name, file, classes in EXAMPLE_ROWS:
-            path = EXAMPLES / file
-            button = gr.Button(name, icon=path, size="sm", min_width=40)
-            button.click(partial(_example, path, classes), None, outputs, **QUIET)
+        for example in known.EXAMPLES:
+            button = gr.Button(example.name, icon=example.path, size="sm", min_width=40)
+            button.click(partial(_example, example), None, outputs, **QUIET)
 
 
-def _example(path: Path, classes: str) -> tuple:
-    return open_image(path), classes, True, DEFAULT_EPSILON, ""
+def _example(example: known.Example) -> tuple:
+    return open_image(example.path), example.classes, DEFAULT_ATTACK, ""

@@ -1,75 +1,134 @@
-"""What the handlers share: one loaded model and the class lists that were asked for last."""
+"""What the handlers share: loaded models and the class lists that were asked for last."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+import threading
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 
-from tapt.backbone import Backbone
+from tapt.backbone import OPENAI_NAMES, Backbone, is_public, load_backbone
 from tapt.defense import Defender, make_defender
-from tapt.hub import Progress, Token
-from tapt.pack import Pack, embedded_packs, hub_packs, load_model, load_pack
+from tapt.errors import InputError, PackError
+from tapt.hub import Progress, Token, parse_id
+from tapt.pack import Pack, embedded_packs, hub_packs, load_model, load_pack, untrained_pack
 
 EMBEDDED_BACKBONE = "tiny"
+UNTRAINED_PACK = "untrained prompts"
+REMEMBERED_BACKBONES = 2
+REMEMBERED_PACKS = 4
 REMEMBERED_CLASS_LISTS = 8
 
 
-class Service:
-    """A backbone with its pack; safe to share between requests, since neither ever changes."""
+@dataclass(frozen=True, eq=False)
+class Model:
+    """A backbone with a pack, under the names that visitors see."""
 
-    def __init__(self, backbone: Backbone, pack: Pack) -> None:
-        self.backbone = backbone
-        self.pack = pack
-        self._defender = lru_cache(REMEMBERED_CLASS_LISTS)(
-            lambda classes: make_defender(backbone, pack, classes)
-        )
-
-    def with_pack(self, pack: str, progress: Progress | None = None) -> Service:
-        """The same backbone with another pack; a visitor's, so without the server's token.
-
-        pack: as for `tapt.pack.load_pack`.
-        progress: called with bytes done and in all, from the calling thread.
-
-        Raises:
-            PackError, HubError: as `load_pack`; this service stays as it is.
-        """
-        return Service(self.backbone, load_pack(pack, self.backbone, progress=progress))
-
-    def known_packs(self) -> list[str]:
-        """Packs for this backbone: the embedded ones, then the Hub's.
-
-        Raises:
-            HubError: the Hub cannot be asked.
-        """
-        return [*embedded_packs(self.backbone.name), *hub_packs(self.backbone)]
-
-    def defender(self, classes: Sequence[str]) -> Defender:
-        """The defender for a class list; its text features are computed once."""
-        return self._defender(tuple(classes))
-
-    @property
-    def backbone_name(self) -> str:
-        """The backbone as visitors see it; of a folder, only the last part."""
-        kind, _, rest = self.backbone.name.partition(":")
-        return f"{kind}:{Path(rest).name}" if kind == "local-dir" else self.backbone.name
-
-    @property
-    def pack_name(self) -> str:
-        """The pack as visitors see it; of a folder, only the last part."""
-        name = self.pack.name
-        shown = self.pack.origin or not self.pack.trained
-        return name if shown or name in embedded_packs(self.backbone.name) else Path(name).name
+    backbone: Backbone
+    pack: Pack
+    backbone_name: str
+    pack_name: str
 
     @property
     def embedded(self) -> bool:
-        """Whether this is the model that knows ten kinds only."""
-        return self.backbone.name == EMBEDDED_BACKBONE
+        """Whether this is the backbone that knows ten kinds only."""
+        return self.backbone_name == EMBEDDED_BACKBONE
 
-    @property
-    def size(self) -> int:
-        """Side of the model's input in pixels."""
-        return self.backbone.image_size
+
+class Service:
+    """Loads models when they are asked for and keeps the last ones; safe to share between
+    requests, since a loaded model never changes.
+
+    first: the model that the page starts with.
+    backbones: the others that the page offers.
+    on_space: a public page offers these alone; elsewhere any public backbone may be typed.
+    """
+
+    def __init__(
+        self, first: tuple[Backbone, Pack], backbones: list[str], device: str | None, on_space: bool
+    ) -> None:
+        backbone, pack = first
+        embedded = not pack.trained or pack.origin or pack.name in embedded_packs(backbone.name)
+        self.first = Model(
+            backbone, pack, _visible(backbone.name), pack.name if embedded else Path(pack.name).name
+        )
+        names = dict.fromkeys((backbone.name, *backbones))
+        self.backbones = {_visible(name): name for name in names}
+        self.on_space = on_space
+        self._device, self._progress = device, None
+        self._lock = threading.Lock()
+        self._backbone = lru_cache(max(REMEMBERED_BACKBONES, on_space * len(names)))(self._load)
+        self._model = lru_cache(REMEMBERED_PACKS)(self._load_model)
+        self._defender = lru_cache(REMEMBERED_CLASS_LISTS)(
+            lambda model, classes: make_defender(model.backbone, model.pack, classes)
+        )
+
+    def model(self, backbone: str = "", pack: str = "", progress: Progress | None = None) -> Model:
+        """A loaded model; empty names stand for the page's own choice. What visitors ask for is
+        fetched without the server's token.
+
+        Raises:
+            TaptError: not offered here, missing, or not made for each other.
+        """
+        backbone = backbone or self.first.backbone_name
+        pack = pack or next(iter(self.packs(backbone)))
+        if (backbone, pack) == (self.first.backbone_name, self.first.pack_name):
+            return self.first
+        with self._lock:
+            self._progress = progress
+            return self._model(backbone, pack)
+
+    def defender(self, model: Model, classes: tuple[str, ...]) -> Defender:
+        """The defender for a class list; its text features are computed once."""
+        return self._defender(model, classes)
+
+    def packs(self, backbone: str) -> list[str]:
+        """The packs at hand for a backbone, its default first."""
+        embedded = sorted(embedded_packs(backbone), key=lambda name: not name.endswith("/vli"))
+        own = [self.first.pack_name] if backbone == self.first.backbone_name else []
+        return list(dict.fromkeys([*own, *embedded, UNTRAINED_PACK]))
+
+    def hub_packs(self, backbone: str) -> list[str]:
+        """The Hub's packs for a backbone.
+
+        Raises:
+            TaptError: the Hub cannot be asked, or the backbone not be loaded.
+        """
+        return hub_packs(self.model(backbone).backbone)
+
+    def _load(self, name: str) -> Backbone:
+        if name == self.first.backbone_name:
+            return self.first.backbone
+        if name not in self.backbones and (self.on_space or not is_public(name)):
+            raise InputError(
+                f"This page offers the backbones {', '.join(self.backbones)}; got {name!r}."
+            )
+        source = self.backbones.get(name, name)
+        return load_backbone(source, device=self._device, progress=self._progress)
+
+    def _load_model(self, backbone_name: str, name: str) -> Model:
+        backbone = self._backbone(backbone_name)
+        if name == UNTRAINED_PACK:
+            return Model(backbone, untrained_pack(backbone), backbone_name, name)
+        if name not in embedded_packs(backbone_name) and (
+            parse_id(name) is None or Path(name).exists()
+        ):
+            raise InputError(
+                f"This page offers the packs {', '.join(self.packs(backbone_name))} and those of "
+                f"the Hub, as owner/repo; got {name!r}."
+            )
+        try:
+            pack = load_pack(name, backbone, progress=self._progress)
+        except PackError as error:  # no folders of the server
+            raise PackError(str(error).replace(backbone.name, backbone_name)) from error
+        return Model(backbone, pack, backbone_name, name)
+
+
+def _visible(backbone: str) -> str:
+    """A backbone as visitors see it; of a folder, only the last part."""
+    kind, _, rest = backbone.partition(":")
+    return f"{kind}:{Path(rest).name}" if kind == "local-dir" else backbone
 
 
 def load_service(
@@ -80,13 +139,24 @@ def load_service(
     token: Token = False,
     progress: Progress | None = None,
 ) -> Service:
-    """Loads a backbone and a pack.
+    """A service with its first model loaded; on a Space all of its backbones.
 
-    backbone: default the one that the pack names, and `tiny` without a pack.
+    backbone: one name, or several by commas; default the one that the pack names, and `tiny`
+        without a pack.
     pack: an embedded name, a folder or a Hub id; default the backbone's embedded pack, `vli`
         first, and untrained prompts where it has none.
 
     Raises:
         BackboneError, PackError, HubError: unknown, malformed, or not made for each other.
     """
-    return Service(*load_model(backbone, pack, device=device, token=token, progress=progress))
+    names = [name.strip() for name in (backbone or "").split(",") if name.strip()]
+    first = load_model(
+        names[0] if names else None, pack, device=device, token=token, progress=progress
+    )
+    on_space = "SPACE_ID" in os.environ
+    others = names[1:] if on_space else [*names[1:], EMBEDDED_BACKBONE, *OPENAI_NAMES]
+    service = Service(first, others, device, on_space)
+    if on_space:  # ZeroGPU wants its models on the device before the first visitor comes
+        for name in service.backbones:
+            service.model(name)
+    return service

@@ -1,0 +1,430 @@
+"""The page's endpoints over HTTP, with every kind of bad input, and its parts on their own."""
+
+from __future__ import annotations
+
+import base64
+import concurrent.futures
+import io
+import json
+import pickle
+import re
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from gradio_client import Client, handle_file
+from packaging.requirements import Requirement
+from PIL import Image
+
+import tapt.ui
+from tapt.errors import InputError, PackError, TaptError
+from tapt.ui import inputs, links, render
+from tapt.ui.handlers import Handlers
+from tapt.ui.service import load_service
+
+ROOT = Path(__file__).resolve().parents[1]
+PICTURE = ROOT / "tapt" / "ui" / "examples" / "cat.png"
+FAST = {"views": 4, "steps": 2}
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def inline(data: bytes) -> dict:
+    return {"url": "data:image/png;base64," + base64.b64encode(data).decode()}
+
+
+RED = inline(encoded(Image.new("RGB", (60, 40), "red")))
+
+
+@pytest.fixture(scope="module")
+def client(server: str) -> Client:
+    return Client(server, verbose=False)
+
+
+def post(server: str, endpoint: str, **values: object) -> tuple[str, object]:
+    """The last event of a raw call and its data, as any HTTP client could get them."""
+    given = {"image": RED, "class_names": "cat, dog", **FAST, **values}
+    fields = inputs.SWEEP_FIELDS if endpoint == "sweep" else inputs.FIELDS
+    address = f"{server}/gradio_api/call/{endpoint}"
+    body = json.dumps({"data": [given.get(name) for name in fields]}).encode()
+    request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        event = json.load(answer)["event_id"]
+    with urllib.request.urlopen(f"{address}/{event}", timeout=120) as answer:
+        *_, kind, data = answer.read().decode().strip().splitlines()
+    return kind.removeprefix("event: "), json.loads(data.removeprefix("data: "))
+
+
+def refused(server: str, **values: object) -> str:
+    kind, data = post(server, "analyze", **values)
+    assert kind == "error", data
+    assert str(ROOT) not in data["error"]
+    return data["error"]
+
+
+def analyzed(server: str, **values: object) -> dict:
+    kind, data = post(server, "analyze", **values)
+    assert kind == "complete", data
+    return data[0]
+
+
+def test_compare_returns_every_value(client: Client):
+    options = {"class_names": "cat, dog, ship", "attack": "pgd", "epsilon": 2, **FAST}
+    status, verdict, answers, slider, perturbation, did, downloads, result = client.predict(
+        handle_file(PICTURE), **options, threat="static", true_class="Dog", api_name="/compare"
+    )
+    assert "Finished" in status
+    assert "t-sentence" in verdict
+    assert "</table>" in answers
+    assert "data:image/png" in perturbation
+    assert "t-views" in did
+    assert "tapt.json" in downloads
+    clean, attacked = (Image.open(path) for path in slider)
+    assert clean.size == attacked.size == (32, 32)
+    assert result["finished"] is True
+    assert (result["label"], result["label_given"]) == ("dog", True)
+    assert result["settings"]["threat"] == "static"
+    assert result["settings"]["test_time"]["views"] == 4
+    assert 1 <= result["linf_255"] <= result["settings"]["epsilon_255"] == 2
+    measured = np.abs(np.asarray(clean, int) - np.asarray(attacked, int)).max()
+    assert measured == result["linf_255"]
+    for kinds in result["results"].values():
+        for probabilities in kinds.values():
+            assert sum(probabilities) == pytest.approx(1, abs=1e-4)
+
+    same = client.predict(
+        handle_file(PICTURE), **options, threat="static", true_class="dog", api_name="/analyze"
+    )
+    assert same["results"] == result["results"]
+    assert set(same) == set(result) - {"verdict", "finished", "unknown_classes"}
+
+    # the PNG keeps the attack
+    again = client.predict(
+        handle_file(slider[1]),
+        class_names="cat, dog, ship",
+        attack="none",
+        views=4,
+        api_name="/analyze",
+    )
+    for name, kinds in result["results"].items():
+        assert again["results"][name]["clean"] == kinds["attacked"]
+
+
+def test_analyze_returns_what_the_command_prints(server: str, client: Client):
+    command = [sys.executable, "-m", "tapt", "predict", str(PICTURE), "--classes", "cat,dog,ship"]
+    command += ["--attack", "apgd", "--epsilon", "3/255", "--steps", "2", "--seed", "5"]
+    command += ["--views", "4", "--device", "cpu", "--json"]
+    printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    expected = json.loads(printed.stdout)
+    options = {"attack": "apgd", "epsilon": 3, "seed": 5, **FAST}
+    result = client.predict(
+        handle_file(PICTURE), class_names="cat\ndog\nship", **options, api_name="/analyze"
+    )
+    assert result["settings"] == expected["settings"]
+    assert set(result) == set(expected)
+    for name, kinds in expected["results"].items():
+        for kind, probabilities in kinds.items():
+            assert result["results"][name][kind] == pytest.approx(probabilities, abs=1e-5)
+
+
+def test_endpoints_and_their_parameters_are_documented(server: str):
+    with urllib.request.urlopen(f"{server}/gradio_api/info") as answer:
+        info = json.load(answer)
+    assert info["unnamed_endpoints"] == {}
+    assert set(info["named_endpoints"]) == {"/compare", "/analyze", "/sweep"}
+    for entry in info["named_endpoints"].values():
+        names = [parameter["parameter_name"] for parameter in entry["parameters"]]
+        assert set(names) >= set(inputs.FIELDS) - {"epsilon"}
+        assert all(re.search(rf"\b{name}\b", entry["description"]) for name in names)
+        required = [
+            p["parameter_name"] for p in entry["parameters"] if not p["parameter_has_default"]
+        ]
+        assert required == ["image"]
+
+
+def test_sweep_agrees_with_single_comparisons(server: str):
+    options = {"attack": "pgd", "true_class": "dog", "seed": 3}
+    kind, data = post(server, "sweep", **options, max_epsilon=4, epsilon_step=2)
+    assert kind == "complete", data
+    result = data[-1]
+    assert result["epsilons"] == [0, 2, 4]
+    assert result["settings"]["pack"] == analyzed(server, attack="none")["settings"]["pack"]
+    for index, (epsilon, image) in enumerate(((0, "clean"), (2, "attacked"), (4, "attacked"))):
+        single = analyzed(server, **options, epsilon=epsilon)["results"]
+        for name, curve in result["probabilities"].items():
+            assert curve[index] == pytest.approx(single[name][image][1], abs=1e-5)
+            assert (result["answers"][name][index] == "dog") == (single[name][image][1] > 0.5)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"attack": "none"}, "Choose an attack first"),
+        ({"attack": "cw"}, "CW has none"),
+        ({"attack": "pgd", "max_epsilon": 0}, "Largest epsilon must be"),
+        ({"attack": "pgd", "epsilon_step": float("nan")}, "Step must be"),
+        ({"attack": "pgd", "true_class": "cat", "target": "cat"}, "is the true class already"),
+    ],
+)
+def test_sweep_refuses_in_words(server: str, values: dict, message: str):
+    kind, data = post(server, "sweep", **values)
+    assert kind == "error"
+    assert message in data["error"]
+
+
+def test_published_accuracy_is_drawn_per_attack():
+    row = {"dataset": "dev", "attack": "pgd", "steps": 20, "n": 100, "clean_accuracy": 0.9}
+    rows = [
+        {**row, "defense": d, "threat": t, "epsilon_255": e, "accuracy": 0.9 - e / 10}
+        for d in ("clip", "tapt", "random-start")
+        for t in ("clip", "adaptive")
+        for e in (4, 1)
+    ]
+    rows.append({**row, "defense": "clip", "threat": "clip", "attack": "cw", "epsilon_255": None})
+    shown = render.published(SimpleNamespace(evaluation=rows))
+    assert shown.count('<svg viewBox="0 0 440') == 2
+    assert "PGD-20 on deployed TAPT (dev)" in shown
+    assert shown.count("TAPT, 4: 50.0 %") == 2
+    assert "no published accuracy" in render.published(SimpleNamespace(evaluation=[]))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image": {"path": "/etc/hostname"}}, "not an uploaded file"),
+        ({"image": {"path": str(PICTURE)}}, "not an uploaded file"),
+        ({"image": {"path": "/etc/hostname", "url": "http://127.0.0.1/a.png"}}, "not an uploaded"),
+        ({"image": None}, "Choose a picture first"),
+        ({"image": "cat.png"}, "Send the picture as"),
+        ({"image": {"url": "data:image/png;base64,AAAA"}}, "not a readable picture"),
+        ({"image": inline(encoded(Image.new("L", (13000, 13000))))}, "too large"),
+        ({"class_names": ["cat", "dog"]}, "Class names must be text"),
+        ({"class_names": "cat, \ud800"}, "must be valid Unicode"),
+        ({"class_names": "cat"}, "at least two class names"),
+        ({"class_names": ",".join(str(i) for i in range(10_000))}, "at most 1,000 class names"),
+        ({"class_names": ",".join(str(i) for i in range(100_000))}, "at most 100,000 characters"),
+        ({"class_names": "a, " + "b" * 5_000_000}, "at most 100,000 characters"),
+        ({"class_names": "cat, " + "very " * 40 + "long cat"}, "very very"),
+        ({"attack": True}, "Attack must be one of none, pgd"),
+        ({"attack": ["pgd"]}, "Attack must be one of none, pgd"),
+        ({"epsilon": float("nan")}, "Epsilon must be a whole number from 0 to 16, got nan"),
+        ({"epsilon": float("inf")}, "Epsilon must be a whole number"),
+        ({"epsilon": "four"}, "Epsilon must be a whole number"),
+        ({"epsilon": True}, "Epsilon must be a whole number"),
+        ({"epsilon": 99}, "Epsilon must be a whole number from 0 to 16, got 99"),
+        ({"steps": -1}, "Attack steps must be"),
+        ({"step_size": float("nan")}, "Step size must be"),
+        ({"seed": 1.5}, "Seed must be a whole number"),
+        ({"seed": 10**30}, "Seed must be a whole number"),
+        ({"views": 0}, "Views must be"),
+        ({"keep": float("-inf")}, "Kept share must be a number from 0 to 1"),
+        ({"tune_steps": 1000}, "Tuning steps must be"),
+        ({"lr": {}}, "Learning rate must be"),
+        ({"alpha": 2}, "Alpha must be a number from 0 to 1"),
+        ({"threat": "everything"}, "must be one of clip, static"),
+        ({"true_class": "<i>bird</i>"}, "&lt;i&gt;bird&lt;/i&gt;' is not one of the class names"),
+        ({"attack": "pgd", "target": "bird"}, "The target 'bird' is not one of the class names"),
+        ({"attack": "pgd", "true_class": "cat", "target": "cat"}, "is the true class already"),
+        ({"attack": "apgd", "target": "dog", "true_class": "cat"}, "cannot aim at a class"),
+        ({"backbone": "local-dir:/etc"}, "This page offers the backbones tiny"),
+        ({"backbone": "random:ViT-B-32"}, "This page offers the backbones tiny"),
+        ({"pack": "/etc"}, "This page offers the packs"),
+        ({"pack": "../prompts/tiny/vli"}, "This page offers the packs"),
+        ({"pack": 3}, "Pack must be text"),
+    ],
+)
+def test_bad_values_are_refused_in_words(server: str, changes: dict, message: str):
+    assert message in refused(server, **{"attack": "none", **changes})
+
+
+def test_page_lives_after_all_that(server: str):
+    assert analyzed(server, attack="none")["classes"] == ["cat", "dog"]
+
+
+def gradient() -> Image.Image:
+    values = np.add.outer(np.arange(40), np.arange(60))
+    return Image.fromarray((values * 2).astype(np.uint8))
+
+
+def rotated(image: Image.Image) -> bytes:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees clockwise
+    return encoded(image.convert("RGB").transpose(Image.Transpose.ROTATE_90), "PNG", exif=exif)
+
+
+def transparent(image: Image.Image) -> bytes:
+    alpha = Image.new("L", image.size, 255)
+    alpha.paste(0, (0, 0, 30, 40))
+    picture = image.convert("RGB")
+    picture.putalpha(alpha)
+    return encoded(picture)
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    picture = image.convert("RGB")
+    picture.paste("white", (0, 0, 30, 40))
+    return picture
+
+
+def animated(image: Image.Image) -> bytes:
+    other = Image.new("L", image.size, 255)
+    return encoded(image, "GIF", save_all=True, append_images=[other])
+
+
+@pytest.mark.parametrize(
+    ("data", "same"),
+    [
+        (lambda i: encoded(i), lambda i: i.convert("RGB")),
+        (lambda i: encoded(Image.fromarray(np.asarray(i).astype(np.uint16) * 257)), None),
+        (lambda i: encoded(i.convert("P")), None),
+        (animated, None),
+        (rotated, None),
+        (transparent, on_white),
+        (lambda i: encoded(i.resize((1, 1))), lambda i: i.resize((1, 1))),
+        (lambda i: encoded(i.resize((1, 4000))), lambda i: i.resize((1, 4000)).convert("RGB")),
+    ],
+    ids=["grey", "16-bit", "palette", "animated", "rotated", "transparent", "1x1", "1x4000"],
+)
+def test_unusual_pictures_count_as_their_plain_rgb(
+    server: str, data: Callable, same: Callable | None
+):
+    image = gradient()
+    plain = same(image) if same else image.convert("RGB")
+    options = {"attack": "none", "class_names": "cat, dog, ship"}
+    result = analyzed(server, image=inline(data(image)), **options)
+    expected = analyzed(server, image=inline(encoded(plain)), **options)
+    assert result["results"] == expected["results"]
+
+
+def test_cmyk_gives_an_answer(server: str):
+    data = encoded(gradient().convert("CMYK"), "JPEG")
+    assert sum(analyzed(server, image=inline(data))["results"]["tapt"]["clean"]) > 0.99
+
+
+def test_names_in_any_script(server: str):
+    names = ["قطة", "כלב", "🐸", "猫", "a\u0301ne", "&lt;b&gt;", "' OR 1=1 --"]
+    assert analyzed(server, class_names="\n".join(names), attack="none")["classes"] == names
+
+
+def test_twenty_people_at_once_get_their_own_results(server: str):
+    def one(index: int) -> tuple[list, dict]:
+        names = ["cat", "dog", *(f"thing {index} {n}" for n in range(index % 5))]
+        image = inline(encoded(Image.new("RGB", (40, 40), (12 * index, 255 - 12 * index, 99))))
+        options = {"image": image, "class_names": ",".join(names), "seed": index}
+        return names, analyzed(server, **options, attack="pgd", epsilon=1 + index % 4)
+
+    with concurrent.futures.ThreadPoolExecutor(20) as pool:
+        together = list(pool.map(one, range(20)))
+    for index, (names, result) in enumerate(together):
+        assert result["classes"] == names
+        assert (result["settings"]["seed"], result["settings"]["epsilon_255"]) == (
+            index,
+            1 + index % 4,
+        )
+    for index in (0, 7, 19):
+        assert one(index)[1]["results"] == together[index][1]["results"]
+
+
+def test_full_queue_says_so(server: str):
+    with concurrent.futures.ThreadPoolExecutor(60) as pool:
+        answers = list(pool.map(lambda _: _try(server), range(60)))
+    full = [text for text in answers if text != "complete"]
+    assert full
+    assert all("queue is full" in text.lower() for text in full)
+    assert _try(server) == "complete"
+
+
+def _try(server: str) -> str:
+    try:
+        kind, data = post(server, "analyze", attack="none")
+    except urllib.error.HTTPError as error:
+        return error.read().decode()
+    return kind if kind == "complete" else data["error"]
+
+
+def test_link_round_trip_and_bounds():
+    picture = gradient().convert("RGB")
+    values = {"class_names": "a, b", "epsilon": 3}
+    restored = links.from_link(links.to_link(values, picture))
+    again = inputs.read_request(restored, "/nowhere")
+    assert (again.classes, again.picture.tobytes()) == (("a", "b"), picture.tobytes())
+    bomb = links.to_link({"class_names": "a" * 5_000_000}, picture)
+    for bad in ("x", bomb, links.to_link(values, picture)[:-40], "é", "a" * 3_000_000, None):
+        with pytest.raises(InputError, match="damaged or cut off"):
+            links.from_link(bad)
+
+
+def test_public_space_loads_only_its_backbones(toy_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("SPACE_ID", "someone/tapt")
+    service = load_service(f"local-dir:{toy_folder}", device="cpu")
+    assert list(service.backbones) == [f"local-dir:{toy_folder.name}"]
+    for name in ("tiny", "ViT-B-16", "hf-hub:someone/clip"):
+        with pytest.raises(InputError, match="offers the backbones local-dir:"):
+            service.model(name)
+    monkeypatch.delenv("SPACE_ID")
+    elsewhere = load_service(f"local-dir:{toy_folder}", device="cpu")
+    assert elsewhere.model("tiny").embedded
+
+
+def test_no_folder_is_taken_for_a_pack(toy_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    service = load_service(f"local-dir:{toy_folder}", device="cpu")
+    monkeypatch.chdir(ROOT)
+    for name in ("tapt/ui", "tapt/ui/", "./tapt/ui", str(ROOT / "tapt")):
+        with pytest.raises(InputError, match="offers the packs untrained prompts"):
+            service.model("", name)
+    with pytest.raises(PackError, match="was made for backbone 'tiny'") as refused:
+        service.model("", "tiny/vli")
+    assert str(toy_folder.parent) not in str(refused.value)
+
+
+def test_gpu_function_takes_and_gives_what_can_be_pickled(
+    toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+):
+    class FakeSpaces:
+        """ZeroGPU's decorator, as far as pickling goes."""
+
+        calls = 0
+
+        @classmethod
+        def GPU(cls, function: Callable) -> Callable:
+            def forked(*values: object):
+                cls.calls += 1
+                for item in function(*pickle.loads(pickle.dumps(values))):
+                    yield pickle.loads(pickle.dumps(item))
+
+            return forked
+
+    monkeypatch.setattr(tapt.ui, "spaces", FakeSpaces)
+    handlers = Handlers(load_service(f"local-dir:{toy_folder}", device="cpu"), "/nowhere")
+    values = {"image": RED, "class_names": "cat, dog", "attack": "pgd", **FAST}
+    *_, last = handlers.compare(*(values.get(name) for name in inputs.FIELDS))
+    assert last[-1]["finished"] is True
+    assert FakeSpaces.calls == 1
+
+
+def test_requirements_agree_with_the_space_and_resolve():
+    front = (ROOT / "README.md").read_text(encoding="utf-8").split("---")[1]
+    version = re.search(r"^sdk_version: (\S+)$", front, re.M).group(1)
+    lines = (ROOT / "requirements.txt").read_text().splitlines()
+    requirements = {r.name: r for r in map(Requirement, filter(None, lines))}
+    assert requirements["gradio"].specifier.contains(version)
+    command = [sys.executable, "-m", "pip", "install", "--dry-run", "--no-index", "--quiet"]
+    done = subprocess.run(
+        [*command, "-r", str(ROOT / "requirements.txt"), f"gradio~={version}"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_tapt_errors_reach_people_escaped():
+    assert "&lt;b&gt;" in str(inputs.refusal(TaptError("<b>")))
