@@ -61,10 +61,10 @@ class Example(NamedTuple):
 
 
 EXAMPLES = [
-    Example("Cat", "cat.png"),
-    Example("Plane", "tuxpaint-gpl2/airplane.png"),
     Example("Horse", "tuxpaint-gpl2/horse.png"),
+    Example("Plane", "tuxpaint-gpl2/airplane.png"),
     Example("Frog", "tuxpaint-gpl2/frog.png"),
     Example("Truck", "tuxpaint-gpl2/fire-truck.png", "fire truck, sports car, airplane, ship"),
+    Example("Cat", "cat.png"),
     Example("Coffee", "coffee.png", "cup of coffee, teapot, cat, dog"),
 ]
