@@ -94,7 +94,7 @@ def main() -> None:
 
     backbone = load_backbone(args.backbone)
     split = TrainConfig(shots=None, validation=args.validation)
-    data = load_training_data(load_data(args.data), backbone, split)
+    data = load_training_data(load_data(args.data, "train"), backbone, split)
     images, labels = data.held_images[: args.limit], data.held_labels[: args.limit]
     defender = make_defender(backbone, load_pack(args.pack, backbone), data.classes)
     base = defender.pack.test_time

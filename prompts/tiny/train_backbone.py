@@ -20,11 +20,12 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from open_clip.transformer import PatchDropout
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tapt.data import in_memory, load_data
+from tapt.files import write_file
 from tapt.images import to_uint8
 
 CONFIG = {
@@ -155,10 +156,8 @@ def export(model: nn.Module, out: Path) -> None:
     """Config and float16 weights; each file is written aside, then renamed."""
     out.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().half().contiguous() for k, v in model.state_dict().items()}
-    save_file(weights, out / "weights.tmp")
-    os.replace(out / "weights.tmp", out / "open_clip_model.safetensors")
-    (out / "config.tmp").write_text(json.dumps(CONFIG, indent=2) + "\n")
-    os.replace(out / "config.tmp", out / "open_clip_config.json")
+    write_file(out / "open_clip_model.safetensors", save(weights))
+    write_file(out / "open_clip_config.json", (json.dumps(CONFIG, indent=2) + "\n").encode())
 
 
 def parse_args() -> argparse.Namespace:
@@ -182,7 +181,7 @@ def parse_args() -> argparse.Namespace:
 def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
-    data = load_data(args.data)
+    data = load_data(args.data, "train")
     if list(data.classes) != list(NAMES):
         sys.exit(f"--data: the class folders must be {', '.join(NAMES)}.")
     images, labels = in_memory(data, to_uint8), torch.tensor(data.labels)
