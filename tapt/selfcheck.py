@@ -112,7 +112,7 @@ def rounding(lab: Lab) -> Verdict:
 def autoattack(lab: Lab) -> Verdict:
     """AutoAttack is at least as strong as PGD on the static prompts, within 2 points."""
     left = {
-        name: lab.accuracy("static", AttackConfig(name, SMALL, 20))
+        name: lab.accuracy("static", AttackConfig(name, SMALL, 10))
         for name in ("pgd", "autoattack")
     }
     return left["autoattack"] <= left["pgd"] + 0.02, _percent(left)

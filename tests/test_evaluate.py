@@ -13,14 +13,15 @@ from conftest import TOY_CLASSES
 from PIL import Image
 
 from tapt import adaptive
-from tapt import evaluate as module
+from tapt import panel as module
 from tapt.__main__ import main
 from tapt.backbone import Backbone
 from tapt.data import load_data
 from tapt.defense import make_defender
-from tapt.evaluate import OUTCOMES, RESULTS, SETTINGS, default_batch_size, read_outcomes
+from tapt.evaluate import OUTCOMES, RESULTS, SETTINGS, read_outcomes
 from tapt.losses import Statistics, TokenStatistics
 from tapt.pack import Pack, base_model, load_pack, save_pack, statistics_shapes
+from tapt.panel import default_batch_size
 from tapt.prompts import PromptConfig, init_prompts
 from tapt.report import Outcomes, averages, mcnemar, wilson
 from tapt.tuning import TuneConfig
