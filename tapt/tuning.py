@@ -198,7 +198,9 @@ def tune(
 
     on_progress(0, total)
     tuned = prompts.batch(images).map(lambda t: t.detach().requires_grad_())
-    with torch.enable_grad(), clock("text"):
+    # gradients to the text prompts are taken in a pass of their own, after the views' graph is gone
+    apart = select_first and not smooth
+    with torch.set_grad_enabled(not apart), clock("text"):
         text_features = texts.features(backbone, tuned)
     with clock("select"):
         graph = None
@@ -228,7 +230,10 @@ def tune(
     for step in range(max(1, config.steps)):
         with torch.enable_grad(), clock("gradient"):
             if step > 0:
-                text_features = texts.features(backbone, tuned)
+                with torch.set_grad_enabled(not apart):
+                    text_features = texts.features(backbone, tuned)
+            if apart and texts.fixed is None:
+                text_features.requires_grad_()
             if graph is not None and step == 0:
                 logits, taps = _keep(graph, kept, count)
             else:
@@ -237,12 +242,14 @@ def tune(
             if before is None:
                 before, observed = _detached(losses), seen
             if config.steps > 0:
+                parameters = list(tuned.tensors.values())
+                leaf = [text_features] if apart and text_features.requires_grad else []
                 gradients = torch.autograd.grad(
-                    losses.total.sum(),
-                    list(tuned.tensors.values()),
-                    allow_unused=True,
-                    create_graph=smooth,
+                    losses.total.sum(), parameters + leaf, allow_unused=True, create_graph=smooth
                 )
+                if leaf:
+                    del logits, taps, losses
+                    gradients = _through_text(backbone, tuned, texts, gradients)
                 if smooth:
                     tuned = _descended(tuned, gradients, config)
                 else:
@@ -282,6 +289,22 @@ def _keep(graph: tuple[Tensor, list[Tensor]], kept: Tensor, count: int):
     rows = torch.arange(len(kept), device=kept.device)[:, None]
     flat = (rows * count + kept).flatten()
     return logits[rows, kept], [tap[flat] for tap in taps]
+
+
+def _through_text(
+    backbone: Backbone, prompts: Prompts, texts: ClassTexts, gradients: Sequence[Tensor | None]
+) -> list[Tensor | None]:
+    """Gradients of the prompts from their own and, last in `gradients`, the text features'."""
+    *direct, of_text = gradients
+    through = torch.autograd.grad(
+        texts.features(backbone, prompts),
+        list(prompts.tensors.values()),
+        of_text,
+        allow_unused=True,
+    )
+    return [
+        a if b is None else b if a is None else a + b for a, b in zip(direct, through, strict=True)
+    ]
 
 
 def _assign(prompts: Prompts, gradients: Sequence[Tensor | None]) -> None:
