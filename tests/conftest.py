@@ -40,7 +40,7 @@ CHROMIUM_FLAGS = [
     "--disable-component-update",
     "--disable-sync",
 ]
-TIMEOUT = 30_000  # ms; only a busy computer needs it
+TIMEOUT = 120_000  # ms; only a busy computer needs it
 TOY_CLASSES = ["cat", "dog", "sports car"]
 
 

@@ -130,6 +130,20 @@ def test_without_an_attack_there_is_only_the_clean_picture(defender, image):
     assert result.to_dict()["trace"]["attacked"] is None
 
 
+def test_an_attack_can_aim_at_a_class(defender, image, finished):
+    other = next(name for name in TOY_CLASSES if name != finished.classes[finished.label])
+    result = compare(defender, image, attack=ATTACK, target=other)
+    index = TOY_CLASSES.index(other)
+    towards, away = (r.results["clip"]["attacked"][index] for r in (result, finished))
+    assert towards > result.results["clip"]["clean"][index]
+    assert towards >= away
+    assert result.settings["target"] == other
+    with pytest.raises(InputError, match="'horse' is not one of the class names"):
+        compare(defender, image, attack=ATTACK, target="horse")
+    with pytest.raises(InputError, match=f"The target {other!r} is the true class already"):
+        compare(defender, image, attack=ATTACK, label=other, target=other)
+
+
 def test_the_json_object_has_exactly_these_keys(finished: Comparison):
     data = json.loads(json.dumps(finished.to_dict(), allow_nan=False))
     assert set(data) == {
@@ -142,6 +156,7 @@ def test_the_json_object_has_exactly_these_keys(finished: Comparison):
         "l2",
         "trace",
         "seconds",
+        "versions",
     }
     assert list(data["results"]) == ["clip", "static", "ensemble", "tapt"]
     for images in data["results"].values():
