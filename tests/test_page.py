@@ -126,7 +126,7 @@ def test_presets_and_the_count_of_class_names(page: Page):
     note = page.locator("#classes-note")
     choose(page, "Class names from a data set", "OxfordIIITPet")
     expect(note).to_contain_text("37 class names.")
-    choose(page, "Class names from a data set", "ImageNet-1k")
+    choose(page, "Class names from a data set", "ImageNet")
     expect(note).to_contain_text("998 class names; 2 repeated, counted once.")
     page.locator("#classes textarea").fill("cat,,dog , cat\n\nship")
     expect(note).to_contain_text("3 class names; 1 repeated, counted once.")
