@@ -509,16 +509,17 @@ def test_packs_of_the_hub_that_fit(hub, clip, files, published):
 
 def test_the_pages_service(hub, clip, files, published):
     service = load_service(None, REPO, "cpu")
-    assert service.pack_name == REPO
-    assert service.known_packs() == [REPO]
+    first = service.first
+    assert first.pack_name == REPO
+    assert service.hub_packs(first.backbone_name) == [REPO]
     hub.commit("owner/next", changed(files))
     told = []
-    other = service.with_pack("owner/next", lambda *progress: told.append(progress))
-    assert other.backbone is service.backbone
+    other = service.model(pack="owner/next", progress=lambda *progress: told.append(progress))
+    assert other.backbone is first.backbone
     assert other.pack_name == "owner/next"
     assert told[-1][0] == told[-1][1] == other.pack.origin.size
     with pytest.raises(HubError, match="no model repo owner/none"):
-        service.with_pack("owner/none")
+        service.model(pack="owner/none")
 
 
 def in_new_process(hub: LoopbackHub, home: Path, *command: str) -> subprocess.CompletedProcess:

@@ -169,6 +169,7 @@ def test_top_five_on_demand(page: Page):
 def test_what_tapt_did(page: Page):
     finish(page)
     unfold(page, "What TAPT did")
+    expect(page.locator("#did section")).to_have_count(2)
     for section in page.locator("#did section").all():
         assert section.locator(".t-views li").count() == 64
         kept = section.locator(".t-views .t-kept")
@@ -182,7 +183,6 @@ def test_what_tapt_did(page: Page):
         blocks = section.locator(".t-chart tbody tr").count()
         assert blocks == section.locator(".t-chart .t-line-0 circle").count() > 1
         assert "kept views, with gradients" in section.inner_text()
-    assert page.locator("#did section").count() == 2
 
 
 def test_take_away(page: Page):

@@ -53,6 +53,7 @@ def build(folder: Path, config: dict) -> Backbone:
     model = kind(**{k: v for k, v in config.items() if k != "custom_text"})
     with torch.no_grad():
         for parameter in model.parameters():
+            parameter.nan_to_num_(0, 0, 0).clamp_(-1, 1)  # CoCa leaves some as the memory was
             parameter += 0.05 * torch.randn_like(parameter)
     weights = {k: v.contiguous() for k, v in model.state_dict().items()}
     return load_backbone(f"local-dir:{write_backbone(folder, config, weights)}", device="cpu")
