@@ -46,8 +46,9 @@ from tapt.panel import (
     make_units,
     read_pixels,
 )
+from tapt.plots import write_plots
 from tapt.processes import start_processes
-from tapt.report import Outcomes, markdown, table, write_plots
+from tapt.report import Outcomes, markdown, table
 from tapt.tuning import TuneConfig
 
 ALL_DEFENSES = (*DEFENSES, "random-start")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from PIL import Image
 
 from tapt.attacks import ATTACKS, AttackConfig
@@ -133,10 +135,6 @@ def sweep_steps(
 
 def curve_png(result: Sweep) -> bytes:
     """The curves as a PNG file."""
-    import io
-
-    from matplotlib.figure import Figure
-
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.subplots()
     for (name, values), marker in zip(result.probabilities.items(), "os^D", strict=True):
