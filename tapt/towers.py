@@ -1,7 +1,7 @@
 """CLIP's two towers with prompts as an argument (V, VLI and VLJ, MaPLe-style deep prompts).
 
-Both functions run open_clip's own blocks and give exactly what `encode_image` and `encode_text`
-give when there are no prompts. Nothing is stored on the model.
+Both functions run open_clip's own blocks and give what `encode_image` and `encode_text` give when
+there are no prompts. Nothing is stored on the model.
 """
 
 from __future__ import annotations
@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from open_clip.transformer import text_global_pool
+import torch.nn.functional as F
+from open_clip.transformer import ResidualAttentionBlock, text_global_pool
 from torch import Tensor, nn
 
 from tapt.backbone import Backbone
+
+SHORT = 100  # tokens
 
 
 def encode_image(
@@ -107,10 +110,34 @@ def _embed_text(text: nn.Module, tokens: Tensor) -> tuple[Tensor, Tensor | None]
     return x, mask
 
 
-def _run_block(transformer: nn.Module, block: nn.Module, x: Tensor, mask=None) -> Tensor:
+def _run_block(
+    transformer: nn.Module, block: nn.Module, x: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    if _backward_is_slow(x) and type(block) is ResidualAttentionBlock and transformer.batch_first:
+        x = x + block.ls_1(_attention(block.attn, block.ln_1(x), mask))
+        return x + block.ls_2(block.mlp(block.ln_2(x)))
     if transformer.batch_first:
         return block(x, attn_mask=mask)
     return block(x.transpose(0, 1), attn_mask=mask).transpose(0, 1)
+
+
+def _backward_is_slow(x: Tensor) -> bool:
+    """Whether the fused attention kernel's backward pass loses to attention in steps: on
+    processors, in bfloat16 by a factor of 2 to 6, in float32 for short sequences by up to 2."""
+    if x.device.type != "cpu" or not (x.requires_grad and torch.is_grad_enabled()):
+        return False
+    half = x.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu")
+    return half or x.shape[1] <= SHORT
+
+
+def _attention(layer: nn.MultiheadAttention, x: Tensor, mask: Tensor | None) -> Tensor:
+    heads = (3, layer.num_heads, layer.head_dim)
+    projected = F.linear(x, layer.in_proj_weight, layer.in_proj_bias)  # (N, tokens, 3 * width)
+    query, key, value = projected.unflatten(-1, heads).permute(2, 0, 3, 1, 4)
+    scores = query * layer.head_dim**-0.5 @ key.mT  # (N, heads, tokens, tokens)
+    if mask is not None:  # (tokens, tokens), or CoCa's (N * heads, tokens, tokens)
+        scores = scores + (mask if mask.ndim == 2 else mask.unflatten(0, (-1, layer.num_heads)))
+    return layer.out_proj((scores.softmax(-1) @ value).transpose(1, 2).flatten(-2))
 
 
 def _per_item(tokens: Tensor, items: int) -> Tensor:
