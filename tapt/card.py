@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 TAG = "tapt"
 PICTURE = "accuracy.png"
+NOTES = "## Notes"
 USE = """\
 ```python
 from tapt.compare import compare
@@ -32,15 +33,21 @@ def weights_tag(sha256: str | None) -> str:
     return f"tapt-weights-{(sha256 or 'random')[:16]}"
 
 
-def model_card(pack: Pack, name: str, *, picture: bool = False) -> str:
+def notes_of(card: str) -> str:
+    """What people wrote into a card: everything from the line `## Notes` on, or nothing."""
+    return card[start:] if (start := card.find(f"\n{NOTES}\n") + 1) else ""
+
+
+def model_card(pack: Pack, name: str, *, picture: bool = False, notes: str = "") -> str:
     """Markdown with the Hub's metadata in front; numbers come from `pack.evaluation`.
 
     name: what `load_pack` takes.
     picture: whether `accuracy.png` lies beside the card.
+    notes: from `notes_of` the card that is replaced.
     """
     source = pack.base_model["source"]
     repo = hub_repo(source)
-    results = [r for row in pack.evaluation for r in _eval_results(row)]
+    results = [*_clean_results(pack.evaluation), *map(_attacked_result, pack.evaluation)]
     data = ModelCardData(
         base_model=repo,
         base_model_relation="adapter" if repo else None,
@@ -74,39 +81,49 @@ def model_card(pack: Pack, name: str, *, picture: bool = False) -> str:
         "",
         *([f"![Accuracy of every defence, clean and attacked]({PICTURE})", ""] if picture else []),
         *_table(pack.evaluation),
+        *(["", notes.rstrip()] if notes else []),
     ]
     return "\n".join(lines) + "\n"
 
 
-def _eval_results(row: dict) -> list[EvalResult]:
-    dataset = row.get("dataset", "unknown")
-    attack = f"{row['attack']} {epsilon_name(row)} on {row['threat']}"
-    epsilon = row["epsilon_255"]
-    common = {
-        "task_type": "zero-shot-image-classification",
-        "dataset_type": dataset.lower(),
-        "dataset_name": dataset,
-    }
-    defense = row["defense"]
+def _clean_results(rows: list[dict]) -> list[EvalResult]:
+    """Clean accuracy, once per set and defence: of the row with the most images."""
+    largest: dict[tuple, dict] = {}
+    for row in sorted(rows, key=lambda row: row["n"]):
+        largest[_dataset(row), row["defense"]] = row
     return [
-        EvalResult(
-            metric_type="accuracy",
-            metric_name=f"clean accuracy ({defense})",
-            metric_value=row["clean_accuracy"],
-            **common,
-        ),
-        EvalResult(
-            metric_type="accuracy",
-            metric_name=f"accuracy under {attack} ({defense})",
-            metric_value=row["accuracy"],
-            metric_args={
-                "attack": row["attack"],
-                "eps": None if epsilon is None else epsilon / 255,
-                "steps": row["steps"],
-            },
-            **common,
-        ),
+        _result(row, f"clean accuracy ({row['defense']})", row["clean_accuracy"])
+        for row in largest.values()
     ]
+
+
+def _attacked_result(row: dict) -> EvalResult:
+    attack = f"{attack_name(row)} {epsilon_name(row)} on {row['threat']}"
+    epsilon = row["epsilon_255"]
+    args = {
+        "attack": row["attack"],
+        "eps": None if epsilon is None else epsilon / 255,
+        "steps": row["steps"],
+    }
+    name = f"accuracy under {attack} ({row['defense']})"
+    return _result(row, name, row["accuracy"], metric_args=args)
+
+
+def _result(row: dict, name: str, value: float, **more: object) -> EvalResult:
+    dataset = _dataset(row)
+    return EvalResult(
+        task_type="zero-shot-image-classification",
+        dataset_type=dataset.lower(),
+        dataset_name=dataset,
+        metric_type="accuracy",
+        metric_name=name,
+        metric_value=value,
+        **more,
+    )
+
+
+def _dataset(row: dict) -> str:
+    return row.get("dataset", "unknown")
 
 
 def _table(rows: list[dict]) -> list[str]:
@@ -119,7 +136,7 @@ def _table(rows: list[dict]) -> list[str]:
     for row in rows:
         low, high = row["ci95"]
         lines.append(
-            f"| {row.get('dataset', '')} | {row['defense']} | {row['threat']} | "
+            f"| {_dataset(row)} | {row['defense']} | {row['threat']} | "
             f"{attack_name(row)}, {epsilon_name(row)} | {row['n']} | "
             f"{100 * row['clean_accuracy']:.1f} | {100 * row['accuracy']:.1f} | "
             f"{100 * low:.1f}-{100 * high:.1f} |"

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from tapt.backbone import ARCHITECTURE, EMBEDDED, Backbone, hub_repo, is_public, load_backbone
-from tapt.card import TAG, model_card, weights_tag
+from tapt.card import TAG, model_card, notes_of, weights_tag
 from tapt.errors import InputError, PackError
 from tapt.files import write_file
 from tapt.hub import Origin, Progress, Token, list_models, parse_id, snapshot
@@ -260,7 +260,8 @@ def _read_statistics(
 
 
 def save_pack(pack: Pack, folder: str | os.PathLike) -> None:
-    """Writes a pack; each file is written aside, then renamed, config.json last.
+    """Writes a pack; each file is written aside, then renamed, config.json last. Of an older
+    card in this folder, the section `## Notes` is kept.
 
     Without statistics, those of an older pack in this folder and its card are removed: they do
     not belong to these prompts.
@@ -287,8 +288,15 @@ def save_pack(pack: Pack, folder: str | os.PathLike) -> None:
             for key in ("mean", "var")
         }
         write_file(folder / STATISTICS, save(_storable(statistics)))
-        write_file(folder / CARD, model_card(pack, pack_name(folder)).encode())
+        card = model_card(pack, pack_name(folder), notes=read_notes(folder))
+        write_file(folder / CARD, card.encode())
     write_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
+
+
+def read_notes(folder: Path) -> str:
+    """The section `## Notes` of the card in a folder, if there is one."""
+    card = folder / CARD
+    return notes_of(card.read_text(encoding="utf-8")) if card.exists() else ""
 
 
 def statistics_shapes(backbone: Backbone, config: PromptConfig) -> dict[str, tuple[int, ...]]:

@@ -13,7 +13,8 @@ from tapt.backbone import is_public
 from tapt.card import PICTURE, model_card
 from tapt.errors import HubError, InputError, PackError
 from tapt.hub import HubId, ask_hub, parse_id
-from tapt.pack import CARD, CONFIG, PROMPTS, STATISTICS, Pack, check_pack, pack_folder
+from tapt.pack import CARD, CONFIG, PROMPTS, STATISTICS, Pack, check_pack, pack_folder, read_notes
+from tapt.report import attack_name, epsilon_name
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +67,8 @@ def pack_files(folder: Path, repo: str) -> dict[str, bytes]:
     files = {name: (folder / name).read_bytes() for name in (CONFIG, PROMPTS, STATISTICS)}
     if pack.evaluation:
         files[PICTURE] = accuracy_picture(pack)
-    files[CARD] = model_card(pack, repo, picture=bool(pack.evaluation)).encode()
+    card = model_card(pack, repo, picture=bool(pack.evaluation), notes=read_notes(folder))
+    files[CARD] = card.encode()
     return files
 
 
@@ -83,8 +85,8 @@ def accuracy_picture(pack: Pack) -> bytes:
     axes.barh(range(len(rows)), attacked, xerr=spread, color="#4f46e5", label="attacked, 95 %")
     axes.plot(clean, range(len(rows)), "D", color="#d97706", label="clean")
     labels = [
-        f"{row['defense']}\n{row['attack']}-{row['steps']} on {row['threat']}, "
-        f"{row['epsilon_255']}/255, n={row['n']}"
+        f"{row['defense']}\n{attack_name(row)} on {row['threat']}, {epsilon_name(row)}, "
+        f"n={row['n']}"
         for row in rows
     ]
     axes.set_yticks(range(len(rows)), labels, fontsize=7)

@@ -227,15 +227,18 @@ class Trainer:
         result[chosen] = images
         return result
 
-    def validate(self, limit: int = 500) -> dict[str, float]:
-        """Clean accuracy and accuracy under PGD-5 at the training epsilon, on held-out images."""
+    def validate(self, limit: int = 500, epsilon: float | None = None) -> dict[str, float]:
+        """Clean accuracy and accuracy under PGD-5 on held-out images.
+
+        epsilon: default the training epsilon.
+        """
         mine = slice(self.state.process_index, limit, self.state.num_processes)
         images, labels = self.data.held_images[mine], self.data.held_labels[mine]
         prompts = self.prompts.map(Tensor.detach)
         with torch.no_grad():
             text = self.texts.features(self.backbone, prompts)
         classifier = Classifier(self.backbone, text, prompts)
-        attack = AttackConfig("pgd", self.config.epsilon, 5)
+        attack = AttackConfig("pgd", epsilon or self.config.epsilon, 5)
         counts = torch.zeros(3, device=self.backbone.device)
         for pixels, label in zip(images.split(100), labels.split(100), strict=True):
             label = label.to(self.backbone.device)

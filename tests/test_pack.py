@@ -278,6 +278,21 @@ def test_the_card_names_backbone_and_design(toy: Backbone, folder: Path):
     assert toy.source in card
 
 
+def test_new_numbers_leave_what_people_wrote_into_the_card(toy: Backbone, folder: Path):
+    card = folder / CARD
+    card.write_text(card.read_text() + "\n## Notes\n\nThe views defend.\n")
+    row = {"defense": "tapt", "threat": "static", "attack": "pgd", "epsilon_255": 1, "steps": 20}
+    row |= {"n": 10, "clean_accuracy": 0.7, "accuracy": 0.5, "ci95": [0.2, 0.8]}
+    same_clean = {**row, "epsilon_255": 2, "accuracy": 0.3}
+    save_pack(replace(make_pack(toy), evaluation=[row, same_clean]), folder)
+    written = card.read_text()
+    assert written.endswith("\n## Notes\n\nThe views defend.\n")
+    assert written.count("clean accuracy (tapt)") == 1
+    assert "accuracy under pgd-20 2/255 on static (tapt)" in written
+    save_pack(replace(make_pack(toy), evaluation=[row]), folder)
+    assert card.read_text().count("The views defend.") == 1
+
+
 def test_embedded_packs(toy: Backbone, folder: Path, tmp_path, monkeypatch: pytest.MonkeyPatch):
     embedded = tmp_path / "embedded"
     tiny = replace(toy, name="tiny")

@@ -90,7 +90,7 @@ def test_the_card_of_a_published_pack(hub: LoopbackHub, clip, folder):
     metrics = [m for r in data["model-index"][0]["results"] for m in r["metrics"]]
     assert {m["name"]: m["value"] for m in metrics} == {
         "clean accuracy (tapt)": 0.7,
-        "accuracy under pgd 1/255 on static (tapt)": 0.5,
+        "accuracy under pgd-100 1/255 on static (tapt)": 0.5,
     }
     assert f"]({PICTURE})" in text
     assert 'load_model(pack="owner/pack")' in text
@@ -98,6 +98,15 @@ def test_the_card_of_a_published_pack(hub: LoopbackHub, clip, folder):
     picture = Image.open(BytesIO(files[PICTURE])).convert("RGB")
     assert picture.width > 600
     assert len(picture.getcolors(1 << 20)) > 10
+
+
+def test_what_people_wrote_into_the_card_is_published(hub: LoopbackHub, clip, folder):
+    card = folder / CARD
+    card.write_text(card.read_text() + "\n## Notes\n\nThe views defend.\n\n### Search\n\n8 runs.\n")
+    assert push(folder) == 0
+    repo = hub.repos["owner/pack"]
+    published = repo.commits[repo.refs["main"]][CARD].decode()
+    assert published.endswith("|\n\n## Notes\n\nThe views defend.\n\n### Search\n\n8 runs.\n")
 
 
 def test_a_pack_without_numbers_has_no_picture(hub: LoopbackHub, clip, folder):
