@@ -16,7 +16,7 @@ from tapt.backbone import Backbone, load_backbone
 from tapt.bench import PHASES, Job, add_arguments, matrix_speed, measure, method_flop, run
 from tapt.errors import InputError, TaptError
 from tapt.prompts import PromptConfig, class_texts, init_prompts
-from tapt.tuning import TuneConfig
+from tapt.tuning import TuneConfig, tune
 
 
 @pytest.fixture
@@ -99,6 +99,22 @@ def test_different_results_are_an_error(toy_folder: Path, capsys, monkeypatch):
     monkeypatch.setattr(tapt.bench, "_in_process", off)
     assert run(arguments(toy_folder, "--classes", "3", "--designs", "V", "--json")) == 1
     assert "differ by 0.1, more than 0.02" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick")
+def test_the_selection_in_bfloat16(toy_folder: Path, capsys, monkeypatch):
+    selected_with = []
+
+    def spy(*args, coarse: Backbone | None = None, **options):
+        selected_with.append(coarse and coarse.dtype)
+        return tune(*args, coarse=coarse, **options)
+
+    monkeypatch.setattr(tapt.bench, "tune", spy)
+    options = ("--classes", "3", "--designs", "V", "--precision", "bfloat16")
+    assert run(arguments(toy_folder, *options)) == 0
+    assert "float32, views selected in bfloat16, 10 views" in capsys.readouterr().out
+    # the fast path, its operations counted without values, the straightforward path
+    assert selected_with == [torch.bfloat16, None, None]
 
 
 def test_a_measurement_runs_in_a_process_of_its_own(toy_folder: Path, capsys):
