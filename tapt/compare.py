@@ -280,15 +280,20 @@ def attack_under(
     attack: AttackConfig,
     config: TuneConfig,
     draws: int,
-    on_progress: Callable[[int, int], None],
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    defense: str = "tapt",
 ) -> Tensor:
-    """`attack_images` on a fixed model, or `attack_deployed` on TAPT."""
+    """`attack_images` on a fixed model, or `attack_deployed` on a defence.
+
+    draws: view sets per gradient under the threat `adaptive`.
+    defense: the attacked one under a deployed threat.
+    """
     common = {"targets": targets, "on_progress": on_progress}
     if threat in THREATS:
         return attack_images(defender.classifier(threat), pixels, labels, attack, **common)
     return attack_deployed(
         defender,
-        "tapt",
+        defense,
         pixels,
         labels,
         attack,

@@ -12,11 +12,12 @@ import psutil
 import torch
 from torch import Tensor
 
-from tapt.adaptive import DEPLOYED_THREATS, RANDOM_DEFENSES, ask, attack_deployed
-from tapt.attacks import AttackConfig, attack_images, l2_norm, linf_255
+from tapt.adaptive import DEPLOYED_THREATS, RANDOM_DEFENSES, ask
+from tapt.attacks import AttackConfig, l2_norm, linf_255
 from tapt.backbone import Backbone
+from tapt.compare import attack_under
 from tapt.data import LabelledImages
-from tapt.defense import THREATS, Defender, make_defender
+from tapt.defense import Defender, make_defender
 from tapt.prompts import ClassTexts, random_prompts
 from tapt.tuning import TuneConfig, tokens_per_image
 
@@ -118,16 +119,24 @@ class Panel:
     def _attacked(
         self, condition: Condition, attack: AttackConfig, pixels: Tensor, labels: Tensor
     ) -> tuple[Tensor, str]:
-        if condition.threat in THREATS:
-            classifier = self.defender.classifier(condition.threat)
-            return attack_images(classifier, pixels, labels, attack), attack.budget
-        defender, defense = self._deployed(condition.defenses[0])
-        draws = self.draws if condition.threat == "adaptive" else 1
-        attacked = attack_deployed(
-            defender, defense, pixels, labels, attack, config=self.config, draws=draws
+        defender, defense = self.defender, condition.defenses[0]
+        deployed = condition.threat in DEPLOYED_THREATS
+        if deployed:
+            defender, defense = self._deployed(defense)
+        attacked = attack_under(
+            condition.threat,
+            defender,
+            pixels,
+            labels,
+            None,
+            attack,
+            self.config,
+            self.draws,
+            defense=defense,
         )
-        if defense not in RANDOM_DEFENSES:
+        if not deployed or defense not in RANDOM_DEFENSES:
             return attacked, attack.budget
+        draws = self.draws if condition.threat == "adaptive" else 1
         twice = ", stronger of BPDA and smooth surrogate" if defense == "tapt" else ""
         twice = twice if attack.name != "square" else ""
         return (
