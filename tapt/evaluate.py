@@ -262,8 +262,8 @@ def _summary(out: Path, settings: dict) -> dict:
 
 
 def _record(pack: Pack, result_rows: list[dict]) -> None:
-    """Puts rows into the pack's own table; rows of the same defence and attack are replaced."""
-    keys = ("dataset", "defense", "threat", "attack", "epsilon_255", "steps")
+    """Puts rows into the pack's own table; rows of the same defence, attack and n are replaced."""
+    keys = ("dataset", "defense", "threat", "attack", "epsilon_255", "steps", "n")
     evaluation = {tuple(row[k] for k in keys): row for row in [*pack.evaluation, *result_rows]}
     save_pack(replace(pack, evaluation=list(evaluation.values())), pack_folder(pack.name))
 
