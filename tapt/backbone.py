@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
@@ -14,10 +13,10 @@ import torch
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import VisionTransformer
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torchvision.transforms import Compose, Normalize, ToTensor
 
+from tapt.architecture import BAD_CONFIG, check_size, check_towers, read_config, stored_values
 from tapt.errors import BackboneError, InputError
 from tapt.files import file_sha256
 from tapt.hub import Origin, Progress, Snapshot, Token, parse_id, snapshot
@@ -296,7 +295,7 @@ def _build_random(architecture: str, name: str) -> nn.Module:
         raise BackboneError(
             f"open_clip has no architecture {architecture!r}; open_clip.list_models() names them."
         )
-    _check_towers(open_clip.get_model_config(architecture), name)
+    check_towers(open_clip.get_model_config(architecture), name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         return open_clip.create_model(architecture)
@@ -305,7 +304,7 @@ def _build_random(architecture: str, name: str) -> nn.Module:
 def _tokenizer(name: str) -> Callable[..., Tensor]:
     try:
         return open_clip.get_tokenizer(name)
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, *BAD_CONFIG) as error:
         raise BackboneError(f"The tokenizer of {name!r} could not be loaded.") from error
 
 
@@ -313,28 +312,19 @@ def _load_folder(folder: Path, name: str) -> tuple[nn.Module, Callable[..., Tens
     for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise BackboneError(f"Backbone {name!r} has no {file}.")
-    _check_towers(_read_config(folder / CONFIG_FILE, name), name)
-    _check_safetensors(folder / WEIGHTS_FILE, name)
+    config = read_config(folder / CONFIG_FILE, name)
+    check_size(config, stored_values(folder / WEIGHTS_FILE, name), name)
     return _build(f"local-dir:{folder}", name), _tokenizer(f"local-dir:{folder}")
 
 
 def _build(model_name: str, name: str, **options: object) -> nn.Module:
     try:
         model, _ = open_clip.create_model_from_pretrained(model_name, **options)
-    except (RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
+    except BAD_CONFIG as error:
         raise BackboneError(f"The weights of {name!r} do not fit its architecture.") from error
     if not all(torch.isfinite(weights).all() for weights in model.parameters()):
         raise BackboneError(f"The weights of {name!r} have values that are not finite.")
     return model
-
-
-def _read_config(path: Path, name: str) -> Mapping:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))["model_cfg"]
-        config["vision_cfg"].items(), config["text_cfg"].items()
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise BackboneError(f"{path.name} of {name!r} does not describe a CLIP.") from error
-    return config
 
 
 def _load_tag(
@@ -348,13 +338,13 @@ def _load_tag(
             f"architecture:tag, hf-hub:owner/repo, local-dir:path or random:architecture. "
             f"Tags of {architecture!r}: {known}."
         )
-    _check_towers(open_clip.get_model_config(architecture), f"{architecture}:{tag}")
+    check_towers(open_clip.get_model_config(architecture), f"{architecture}:{tag}")
     cfg = open_clip.get_pretrained_cfg(architecture, tag)
     repo, _, file = cfg.get("hf_hub", "").rpartition("/")
     file = file if file.endswith(".safetensors") else WEIGHTS_FILE
     name = f"{architecture}:{tag}"
     found = fetch(repo, (file,))
-    _check_safetensors(found.folder / file, name)
+    stored_values(found.folder / file, name)
     # OpenAI's weights were trained with QuickGELU; the plain architecture would only warn
     model = _build(
         architecture,
@@ -367,31 +357,3 @@ def _load_tag(
         image_resize_mode=cfg.get("resize_mode"),
     )
     return model, _tokenizer(architecture), found.sha256(file), found.origin
-
-
-def _check_safetensors(path: Path, name: str) -> None:
-    # open_clip falls through to a pickle when this file cannot be read
-    try:
-        with safe_open(path, "pt") as file:
-            file.keys()
-    except (SafetensorError, OSError) as error:
-        raise BackboneError(
-            f"{path.name} of {name!r} is not a complete safetensors file."
-        ) from error
-
-
-def _check_towers(config: Mapping, name: str) -> None:
-    """Refuses, before anything is fetched or built, a tower that prompts cannot enter."""
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    if vision.get("timm_model_name"):
-        tower, what = "image", f"timm's {vision['timm_model_name']}"
-    elif isinstance(vision.get("layers"), (list, tuple)):
-        tower, what = "image", "a ResNet"
-    elif text.get("hf_model_name"):
-        tower, what = "text", f"transformers' {text['hf_model_name']}"
-    else:
-        return
-    raise BackboneError(
-        f"The {tower} tower of {name!r} is {what}, without open_clip transformer blocks; "
-        "prompts cannot go in. Choose a CLIP with ViT towers."
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 from pathlib import Path
 
@@ -41,6 +42,12 @@ def tiny_architectures(monkeypatch: pytest.MonkeyPatch) -> None:
     """open_clip's names and tags with the toy's architecture behind them."""
     for name in (*OPENAI_NAMES, "ViT-B-32-quickgelu"):
         monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, name, toy_config())
+
+
+def reconfigure(folder: Path, tower: str, **changes: object) -> None:
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    config["model_cfg"][tower].update(changes)
+    (folder / CONFIG_FILE).write_text(json.dumps(config))
 
 
 def test_a_folder_loads_frozen_and_in_eval_mode(toy: Backbone, toy_folder: Path):
@@ -113,11 +120,67 @@ def test_a_broken_config(copy: Path, text: str):
 
 @pytest.mark.parametrize("change", [{"layers": 4}, {"width": 96}, {"pool_type": "none-such"}])
 def test_weights_that_do_not_fit_the_config(copy: Path, change: dict):
-    config = json.loads((copy / CONFIG_FILE).read_text())
-    config["model_cfg"]["vision_cfg"].update(change)
-    (copy / CONFIG_FILE).write_text(json.dumps(config))
+    reconfigure(copy, "vision_cfg", **change)
     with pytest.raises(BackboneError, match="do not fit its architecture"):
         load_backbone(f"local-dir:{copy}")
+
+
+@pytest.mark.parametrize(
+    ("tower", "change"),
+    [
+        ("vision_cfg", {"layers": 10**9}),
+        ("vision_cfg", {"layers": 150}),
+        ("vision_cfg", {"width": 2**20}),
+        ("vision_cfg", {"width": 2**70}),
+        ("vision_cfg", {"image_size": 10**9}),
+        ("vision_cfg", {"image_size": 2000, "patch_size": 1, "pos_embed_type": "sin_cos_2d"}),
+        ("vision_cfg", {"mlp_ratio": 1e300}),
+        ("vision_cfg", {"patch_size": 0}),
+        ("text_cfg", {"layers": 10**9}),
+        ("text_cfg", {"width": 2**20}),
+        ("text_cfg", {"context_length": 10**6}),
+        ("text_cfg", {"vocab_size": 10**12}),
+        ("text_cfg", {"layers": "many"}),
+    ],
+)
+def test_absurd_sizes_are_refused_before_anything_is_built(
+    copy: Path, tower: str, change: dict, monkeypatch: pytest.MonkeyPatch
+):
+    reconfigure(copy, tower, **change)
+    monkeypatch.setattr(tapt.backbone, "_build", lambda *_: pytest.fail("built"))
+    old = resource.getrlimit(resource.RLIMIT_AS)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + 500_000_000, old[1]))
+    try:
+        with pytest.raises(BackboneError, match="do not fit its architecture"):
+            load_backbone(f"local-dir:{copy}")
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, old)
+
+
+@pytest.mark.parametrize(
+    ("preprocess", "text", "sentence"),
+    [
+        ({"mean": [0.5]}, {}, "preprocess_cfg must have a mean"),
+        ({"std": [1, 1, 0]}, {}, "preprocess_cfg must have a mean"),
+        ({"resize_mode": "../x"}, {}, "preprocess_cfg must have a mean"),
+        ({"mean": "abc"}, {}, "does not describe a CLIP"),
+        ({}, {"tokenizer_kwargs": {"bpe_path": "../../secret.gz"}}, "a tokenizer of its own"),
+        ({}, {"vocab_size": 100}, "a tokenizer of its own"),
+    ],
+)
+def test_other_bad_parts_of_a_config(copy: Path, preprocess: dict, text: dict, sentence: str):
+    reconfigure(copy, "text_cfg", **text)
+    config = json.loads((copy / CONFIG_FILE).read_text())
+    config["preprocess_cfg"].update(preprocess)
+    (copy / CONFIG_FILE).write_text(json.dumps(config))
+    with pytest.raises(BackboneError, match=sentence):
+        load_backbone(f"local-dir:{copy}")
+
+
+def test_position_embeddings_of_another_image_size_are_resized(copy: Path):
+    reconfigure(copy, "vision_cfg", image_size=48)
+    assert load_backbone(f"local-dir:{copy}", device="cpu").image_tokens == 37
 
 
 @pytest.mark.parametrize("name", ["", "ViT-Z-99", "ViT-B-32:no-such-tag", "tiny-clip"])
@@ -158,9 +221,7 @@ def test_towers_that_prompts_cannot_enter(
 
 
 def test_a_folder_with_a_timm_tower(copy: Path):
-    config = json.loads((copy / CONFIG_FILE).read_text())
-    config["model_cfg"]["vision_cfg"]["timm_model_name"] = "convnext_base"
-    (copy / CONFIG_FILE).write_text(json.dumps(config))
+    reconfigure(copy, "vision_cfg", timm_model_name="convnext_base")
     with pytest.raises(BackboneError, match=r"image tower .* timm's convnext_base"):
         load_backbone(f"local-dir:{copy}")
 

@@ -493,6 +493,11 @@ def test_backbone_weights_are_checked(hub, toy_folder):
     hub.commit("owner/clip", {WEIGHTS_FILE: save(weights)})
     with pytest.raises(BackboneError, match="not finite"):
         load_backbone("hf-hub:owner/clip")
+    config = json.loads(files[CONFIG_FILE])
+    config["model_cfg"]["text_cfg"]["layers"] = 10**9
+    hub.commit("owner/clip", {CONFIG_FILE: json.dumps(config).encode()})
+    with pytest.raises(BackboneError, match="which is far larger than they"):
+        load_backbone("hf-hub:owner/clip")
 
 
 def test_packs_of_the_hub_that_fit(hub, clip, files, published):
