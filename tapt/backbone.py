@@ -7,6 +7,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 import open_clip
 import torch
@@ -205,6 +206,7 @@ def load_backbone(
     dtype: torch.dtype | None = None,
     token: Token = False,
     progress: Progress | None = None,
+    fault: str | None = None,
 ) -> Backbone:
     """Loads a CLIP, frozen and in eval mode.
 
@@ -214,7 +216,7 @@ def load_backbone(
     revision: branch, tag or commit of a Hub repo.
     device: default CUDA, then MPS, then CPU, whichever is there.
     dtype: default float32.
-    token, progress: for the Hub, see `tapt.hub`.
+    token, progress, fault: for the Hub, see `tapt.hub`.
 
     Raises:
         BackboneError: unknown name or device, missing weights, or a tower that cannot take
@@ -223,7 +225,7 @@ def load_backbone(
     """
     place = _usable_device(device or default_device())
     kind, _, rest = name.partition(":")
-    fetch = partial(_fetch, revision=revision, token=token, progress=progress)
+    fetch = partial(_fetch, revision=revision, token=token, progress=progress, fault=fault)
     source, sha256, origin = name, None, None
     if kind == "random":
         model, tokenizer = _build_random(rest, name), _tokenizer(rest)
@@ -266,14 +268,13 @@ def _fetch(
     files: Sequence[str],
     *,
     revision: str | None,
-    token: Token,
-    progress: Progress | None,
+    **options: Any,
 ) -> Snapshot:
     where = parse_id(f"{name}@{revision}" if revision else name)
     if where is None or where.subfolder:
         raise BackboneError(f"{name!r} is not a Hub id; write owner/name or owner/name@revision.")
     sizes = {file: MAX_CONFIG_BYTES if file == CONFIG_FILE else MAX_BYTES for file in files}
-    return snapshot(where, sizes, token=token, progress=progress)
+    return snapshot(where, sizes, **options)
 
 
 def default_device() -> str:

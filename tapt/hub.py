@@ -118,6 +118,7 @@ def snapshot(
     *,
     token: Token = False,
     progress: Progress | None = None,
+    fault: str | None = None,
 ) -> Snapshot:
     """Fetches exactly `files` of a model repo, all of one commit.
 
@@ -125,6 +126,8 @@ def snapshot(
     also stands in where the Hub cannot be reached, with the commit that the revision had last.
 
     files: names in the subfolder, with the bytes that each may have at most.
+    fault: what has just kept another fetch from the Hub, which is then not asked again: a second
+        wait would be no shorter than the first.
 
     Raises:
         HubError: refused, missing, too large or damaged; or unreachable and not in the cache.
@@ -134,6 +137,8 @@ def snapshot(
     if cached and where.revision == cached.commit and _intact(cached):
         return _snapshot(where, cached, cached=True)
     try:
+        if fault:
+            raise Unavailable(fault)
         fetched, downloaded = ask_hub(
             lambda watch: _fetch(where, paths, token, watch), where, progress=progress
         )

@@ -165,7 +165,8 @@ def load_model(
     if backbone is None:
         made = found.config["base_model"]
         backbone, revision = made["source"], revision or made["revision"]
-    loaded = load_backbone(backbone, revision=revision, **options)
+    fault = found.origin and found.origin.fault
+    loaded = load_backbone(backbone, revision=revision, fault=fault, **options)
     return loaded, _fit(found, loaded, True)
 
 

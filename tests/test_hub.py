@@ -281,6 +281,17 @@ def test_faults_of_a_file_leave_the_commit_before(hub, clip, files, published, f
 
 
 @pytest.mark.usefixtures("impatient")
+def test_a_hub_that_stalls_is_waited_for_once(hub, clip, published):
+    load_pack(REPO, clip)
+    hub.fail("GET", "stall")
+    hub.requests.clear()
+    backbone, pack = load_model("hf-hub:owner/clip", REPO, device="cpu")
+    assert len(hub.requests) == 1
+    assert "does not answer" in backbone.origin.fault
+    assert backbone.origin.fault == pack.origin.fault
+
+
+@pytest.mark.usefixtures("impatient")
 def test_a_slow_download_that_goes_on_is_no_fault(hub, clip, files):
     big = {**files, STATISTICS: files[STATISTICS]}
     hub.commit(REPO, big)
