@@ -200,6 +200,8 @@ def ask_hub(
 def _refusal(error: Exception, where: HubId | None) -> str | None:
     """The sentence for an answer of the Hub that trying again will not change."""
     repo = where.repo if where else "this"
+    if _is_page(error):
+        return None
     if isinstance(error, GatedRepoError):
         return (
             f"{repo} is gated: accept its terms on its page of the Hub, then log in with "
@@ -225,6 +227,13 @@ def _refusal(error: Exception, where: HubId | None) -> str | None:
     return None
 
 
+def _is_page(error: BaseException) -> bool:
+    """Whether a proxy or a captive portal answered, whatever the status: the Hub sends no pages."""
+    return isinstance(error, HfHubHTTPError) and "text/html" in error.response.headers.get(
+        "Content-Type", ""
+    )
+
+
 def _status(code: int) -> str:
     many = " (too many requests)" if code == 429 else ""
     return f"the Hub answers with status {code}{many}"
@@ -236,7 +245,7 @@ def _fault(error: BaseException) -> str:
         return _fault(error.__cause__)
     if isinstance(error, OfflineModeIsEnabled):
         return "offline mode is on (HF_HUB_OFFLINE)"
-    if isinstance(error, HfHubHTTPError):
+    if isinstance(error, HfHubHTTPError) and not _is_page(error):
         return _status(error.response.status_code)
     if isinstance(error, (httpx2.ConnectError, httpx2.ConnectTimeout)):
         return "the Hub cannot be reached"
@@ -246,7 +255,8 @@ def _fault(error: BaseException) -> str:
         return "there is no room on the disk for the download"
     if isinstance(error, OSError) and error.errno in _READ_ONLY:
         return "the cache folder cannot be written (set HF_HOME to one that can)"
-    if isinstance(error, (httpx2.HTTPError, OSError)) and not isinstance(error, FileMetadataError):
+    foreign = isinstance(error, FileMetadataError) or _is_page(error)
+    if isinstance(error, (httpx2.HTTPError, OSError)) and not foreign:
         return "the connection to the Hub broke off"
     return "the answer is not the Hub's (a login page of this network may have taken its place)"
 

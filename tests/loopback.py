@@ -75,6 +75,7 @@ class LoopbackHub:
         self.start()
 
     def start(self) -> None:
+        self.released.clear()
         handler = type("Handler", (_Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", self.port), handler)
         self.server.daemon_threads, self.server.block_on_close = True, False
@@ -155,6 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.fault and self.fault.kind == "status":
             return self._send(self.fault.body, self.fault.status, self.fault.headers)
         routes = {
+            r"GET /login": lambda: self._send(b"<html>", headers={"Content-Type": "text/html"}),
             r"GET /api/models": self._list,
             r"GET /api/models/([^/]+/[^/]+)(?:/revision/(.+))?": self._info,
             r"GET /api/models/([^/]+/[^/]+)/refs": self._refs,

@@ -244,6 +244,14 @@ FAULTS = {
         "answers with status 429 (too many requests)",
     ),
     "login-page": ({"kind": "status", "status": 200, "body": b"<html>"}, "answer is not the Hub's"),
+    "proxy-page": (
+        {"kind": "status", "status": 403, "headers": {"Content-Type": "text/html"}},
+        "answer is not the Hub's",
+    ),
+    "login-elsewhere": (
+        {"kind": "status", "status": 302, "headers": {"Location": "/login"}},
+        "answer is not the Hub's",
+    ),
     "reset": ({"kind": "reset", "size": -1}, "connection to the Hub broke off"),
     "cut": ({"kind": "cut"}, "broke off"),
 }
