@@ -343,10 +343,10 @@ def _fetch(
     files = {}
     for path, checksum in checksums.items():
         for _ in range(2):
-            file = hf_hub_download(
-                where.repo, path, revision=info.sha, token=token, tqdm_class=_NO_BAR
-            )
-            watch.advanced()
+            with watch.transfer(partial(_arriving, where.repo, checksum)):
+                file = hf_hub_download(
+                    where.repo, path, revision=info.sha, token=token, tqdm_class=_NO_BAR
+                )
             files[path] = Path(file)
             if _matches(files[path], checksum):
                 break
@@ -354,6 +354,16 @@ def _fetch(
         else:
             raise HubError(f"{path} of {where.repo} arrives damaged: its checksum is wrong.")
     return _Cached(info.sha, files, checksums), missing > 0
+
+
+def _arriving(repo: str, checksum: str) -> int:
+    """Bytes that any process has of a file which is not complete yet."""
+    blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "blobs")
+    total = 0
+    for file in blobs.glob(f"{checksum}.*"):
+        with suppress(OSError):  # complete by now, and renamed
+            total += file.stat().st_size
+    return total
 
 
 def _remember(where: HubId, commit: str) -> None:

@@ -11,11 +11,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, wait
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TypeVar
 
 import httpx2
-from huggingface_hub import logging, set_client_factory
+from huggingface_hub import constants, logging, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
 PATIENCE = 9.0  # seconds; an answer that is late by more counts as a fault
@@ -41,6 +42,8 @@ class Watch:
         self.received = self.total = self.status = 0
         self.cancelled = self._waiting = False
         self._window, self._spent, self._since = 0, 0.0, 0.0
+        self._shared: Callable[[], int] | None = None
+        self._seen = 0
 
     def asked(self) -> None:
         if self.cancelled:
@@ -56,9 +59,29 @@ class Watch:
         if self._window >= PROGRESS:
             self.advanced()
 
+    @contextmanager
+    def transfer(self, shared: Callable[[], int]) -> Iterator[None]:
+        """While one file arrives all time counts, also that for the lock of another process which
+        fetches the same file; `shared` tells the bytes that have arrived there."""
+        self.advanced()
+        self._waiting, self._shared, self._seen = True, shared, shared()
+        try:
+            yield
+        finally:
+            self._waiting, self._shared = False, None
+            self.advanced()
+
+    def look(self) -> None:
+        """Takes what another process has fetched for progress."""
+        if shared := self._shared:
+            now = shared()
+            if not 0 <= now - self._seen < PROGRESS:
+                self._seen = now
+                self.advanced()
+
     def answered(self) -> None:
-        """Only an answer ends the wait: pauses between retries count, those for a lock do not."""
-        if self._waiting:
+        """Only an answer ends the wait: pauses between retries count."""
+        if self._waiting and not self._shared:
             self._waiting = False
             self._spent += time.monotonic() - self._since
 
@@ -93,6 +116,7 @@ def watched(job: Callable[[Watch], T], progress: Progress | None = None) -> T:
     threading.Thread(target=work, daemon=True).start()
     try:
         while not wait([future], 0.05).done:
+            watch.look()
             if watch.seconds() > PATIENCE:
                 raise Stalled(watch.status)
             if progress and watch.total and told != watch.received:
@@ -152,4 +176,5 @@ def _client() -> httpx2.Client:
 
 
 set_client_factory(_client)
+constants.DOWNLOAD_CHUNK_SIZE = 1 << 14  # by default nothing is written before 10 MB are there
 logging.set_verbosity_error()  # its warnings have addresses and paths; the errors here say it all

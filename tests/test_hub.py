@@ -13,12 +13,14 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from conftest import ROOT, folder_files
+from filelock import FileLock
 from huggingface_hub import close_session
 from loopback import LoopbackHub
 from safetensors.torch import load, save
@@ -468,8 +470,9 @@ def test_a_read_only_cache(hub, clip, files, published, monkeypatch):
         assert load_pack("owner/other", clip).origin.fault is None
 
 
-def test_two_at_once(hub, clip, files, published):
-    hub.fail(f"GET .*{STATISTICS}", "drip", size=20_000, seconds=0.2)
+@pytest.mark.usefixtures("impatient")
+def test_two_at_once_on_a_slow_line(hub, clip, files, published):
+    hub.fail(f"GET .*{STATISTICS}", "drip", size=3000, seconds=0.1)  # about 2.5 s in all
     packs = []
     threads = [
         threading.Thread(target=lambda: packs.append(load_pack(REPO, clip))) for _ in range(2)
@@ -478,8 +481,19 @@ def test_two_at_once(hub, clip, files, published):
         thread.start()
     for thread in threads:
         thread.join()
-    assert [pack.origin.commit for pack in packs] == [published, published]
+    assert [pack.origin.fault for pack in packs] == [None, None]
     assert torch.equal(*(pack.prompts.tensors["text"] for pack in packs))
+    assert sum(STATISTICS in r and r.startswith("GET") for r in hub.requests) == 1
+
+
+@pytest.mark.usefixtures("impatient")
+def test_a_program_that_hangs_while_it_fetches_the_same_file(hub, clip, files, published):
+    name = f"{hashlib.sha256(files[PROMPTS]).hexdigest()}.lock"
+    lock = Path(tapt.hub.constants.HF_HUB_CACHE, ".locks", "models--owner--pack", name)
+    lock.parent.mkdir(parents=True)
+    with FileLock(lock):
+        assert "does not answer" in refused(clip)
+    assert load_pack(REPO, clip).origin.fault is None
 
 
 def test_a_backbone_at_the_commit_that_the_pack_names(hub, clip, files, published):
@@ -546,28 +560,49 @@ def test_the_pages_service(hub, clip, files, published):
         service.model(pack="owner/none")
 
 
-def in_new_process(hub: LoopbackHub, home: Path, *command: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "HF_ENDPOINT": hub.url, "HF_HOME": str(home)}
-    environment.pop("HF_HUB_OFFLINE")
-    return subprocess.run(
-        [sys.executable, "-m", "tapt", *command],
+def start(hub: LoopbackHub, home: Path, *command: str, **settings: str) -> subprocess.Popen:
+    """A new process with a cache of its own. settings: environment variables."""
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", **settings}
+    return subprocess.Popen(
+        [sys.executable, *command],
         cwd=ROOT,
-        env=environment,
-        capture_output=True,
+        env={**os.environ, **own},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=300,
     )
+
+
+def finish(process: subprocess.Popen) -> tuple[str, str]:
+    """What a process has said, on both of its channels; it must not have failed."""
+    out, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error
+    return out, error
+
+
+def test_two_processes_at_once(hub, clip, published, tmp_path):
+    hub.fail(f"GET .*{STATISTICS}", "drip", size=5000, seconds=0.2)
+    code = "from tapt.pack import load_model; print(load_model(pack='owner/pack')[1].origin)"
+    both = [start(hub, tmp_path / "home", "-c", code) for _ in range(2)]
+    for process in both:
+        assert finish(process)[0].startswith(f"{REPO} at commit {published[:7]} (0.1 MB")
 
 
 def test_predict_with_a_hub_id_alone(hub, clip, published, tmp_path):
     picture = str(ROOT / "tapt" / "ui" / "examples" / "cat.png")
     command = ["predict", picture, "--classes", "cat,dog", "--json", "--pack", REPO]
-    first = in_new_process(hub, tmp_path / "home", *command)
-    assert first.returncode == 0, first.stderr
-    assert f"Pack {REPO} at commit {published[:7]}" in first.stderr
-    assert json.loads(first.stdout)["settings"]["trained"] is True
+    home = tmp_path / "home"
+    predict = partial(start, hub, home, "-m", "tapt", *command)
+    out, told = finish(predict())
+    assert f"Pack {REPO} at commit {published[:7]}" in told
+    assert "Download: 100%" in told
+    assert json.loads(out)["settings"]["trained"] is True
+    hub.requests.clear()
+    offline, told = finish(predict(HF_HUB_OFFLINE="1"))
+    assert "from the local cache: offline mode is on (HF_HUB_OFFLINE)" in told
+    assert hub.requests == []
     hub.stop()
-    second = in_new_process(hub, tmp_path / "home", *command)
-    assert second.returncode == 0, second.stderr
-    assert "from the local cache: the Hub cannot be reached" in second.stderr
-    assert json.loads(first.stdout)["results"] == json.loads(second.stdout)["results"]
+    gone, told = finish(predict())
+    assert "from the local cache: the Hub cannot be reached" in told
+    assert json.loads(out)["results"] == json.loads(gone)["results"]
+    assert json.loads(out)["results"] == json.loads(offline)["results"]
