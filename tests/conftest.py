@@ -11,6 +11,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -127,19 +128,30 @@ def reference_weights(entries: list[dict]) -> dict[str, torch.Tensor]:
     return weights
 
 
-@pytest.fixture(scope="session")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """app.py in a process of its own; yields its address."""
-    folder = tmp_path_factory.mktemp("page")
+@contextmanager
+def serving(folder: Path, *options: str, **settings: str) -> Iterator[str]:
+    """app.py in a process of its own; yields its address.
+
+    folder: where it works, empty, so that nothing depends on where the command is run.
+    settings: environment variables.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    # another working folder, so that nothing depends on where the command is run
+    own = {"GRADIO_TEMP_DIR": str(folder / "uploads"), **settings}
     with open(folder / "log.txt", "w+") as log:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--device", "cpu"],
+            [
+                sys.executable,
+                str(ROOT / "app.py"),
+                "--port",
+                str(port),
+                "--device",
+                "cpu",
+                *options,
+            ],
             cwd=folder,
-            env={**os.environ, "GRADIO_TEMP_DIR": str(folder / "uploads"), "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, **own},
             stdout=log,
             stderr=subprocess.STDOUT,
         )
@@ -150,6 +162,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         finally:
             process.terminate()
             process.wait(20)
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The page as it starts without options."""
+    with serving(tmp_path_factory.mktemp("page")) as address:
+        yield address
 
 
 def _wait_for(url: str, process: subprocess.Popen, log: Path) -> None:

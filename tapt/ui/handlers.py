@@ -230,12 +230,15 @@ class Handlers:
         the line about the model."""
         backbone, pack = (inputs.read_text("Name", name) for name in (backbone, pack))
         try:
+            at = Progress("Loading the model", 0, 0)
             for step in with_heartbeat(self._load(backbone, pack)):
-                at = step[0] if step else Progress("Loading the model", 0, 0)
+                at = step[0] if step else at
                 bar = render.status(at.phase, at.done, at.total)
                 yield *(gr.skip(),) * len(MODEL_FIELDS), bar
             yield self._model_values(self.service.model(backbone, pack), {})
         except TaptError as error:
+            said = f'<p class="t-warning">{html.escape(str(error))}</p>'
+            yield *(gr.skip(),) * len(MODEL_FIELDS), said  # in the place of the progress
             raise inputs.refusal(error) from error
 
     def packs(self, backbone: str, pack: str) -> dict:
