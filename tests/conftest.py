@@ -40,6 +40,8 @@ CHROMIUM_FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    "--use-fake-device-for-media-stream",  # a camera
+    "--use-fake-ui-for-media-stream",
 ]
 TIMEOUT = 120_000  # ms; only a busy computer needs it
 TOY_CLASSES = ["cat", "dog", "sports car"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import json
 import re
@@ -92,6 +93,63 @@ def test_upload_and_run_with_attack(page: Page):
     expect(answers.locator("caption")).to_contain_text("vanilla CLIP's own answer")
     assert page.locator("#slider img").count() == 2
     expect(page.locator("#perturbation")).to_contain_text("Perturbation ×")
+    expect(page.locator("#perturbation")).to_contain_text("epsilon is 4/255")
+
+
+@pytest.mark.parametrize(
+    "page", [{"permissions": ["clipboard-read", "clipboard-write"]}], indirect=True
+)
+def test_a_picture_may_be_pasted_or_come_from_the_camera(page: Page):
+    preview, remove = page.locator("#preview img"), page.get_by_label("Remove Image")
+    remove.click()
+    expect(preview).to_have_count(0)
+    page.evaluate(
+        """async data => {
+             const picture = await (await fetch('data:image/png;base64,' + data)).blob();
+             await navigator.clipboard.write([new ClipboardItem({'image/png': picture})]);
+           }""",
+        base64.b64encode(png()).decode(),
+    )
+    page.get_by_label("Paste from clipboard").click()
+    pasted = preview.get_attribute("src")
+    remove.click()
+    expect(preview).to_have_count(0)
+    page.get_by_label("Capture from camera").click()
+    page.get_by_text("Click to Access Webcam").click()
+    page.get_by_label("capture photo").click()
+    assert preview.get_attribute("src") != pasted
+
+
+def test_right_and_wrong_are_told_by_word_and_colour(page: Page):
+    choose(page, "Attack", "none")
+    finish(page)
+    first = page.locator("#answers .t-answers").first.locator(".t-first")
+    expect(first.locator(".t-mark")).to_have_text("✓ right")  # CLIP's own answer is the true class
+    answer = first.locator(".t-name").inner_text().split()[0]
+    green = first.locator(".t-mark").evaluate("mark => getComputedStyle(mark).color")
+    choose(page, "True class", "cat" if answer != "cat" else "dog")
+    finish(page)
+    expect(first.locator(".t-mark")).to_have_text("✗ wrong")
+    assert first.locator(".t-mark").evaluate("mark => getComputedStyle(mark).color") != green
+    assert page.locator("#answers .t-mark").count() == 4  # each model's
+
+
+def test_attack_on_the_deployed_defence_tells_its_time_first(page: Page):
+    unfold(page, "Defence")
+    page.get_by_label("Views").fill("4")
+    unfold(page, "More about the attack")
+    page.get_by_label("Attack steps").fill("1")
+    expect(page.locator("#estimate p")).to_have_count(0)
+    page.get_by_label("deployed TAPT").check()
+    expect(page.locator("#estimate")).to_contain_text(re.compile(r"about \d+ (s|minutes)"))
+    expect(page.locator("#attack-note")).to_contain_text("Adaptive: every step of the attack")
+    finish(page)
+    assert facts(page)["Attacked model"].startswith("deployed TAPT, adaptive")
+    page.get_by_label("Attack", exact=True).click()
+    page.get_by_role("option", name="Square", exact=True).click()
+    expect(page.locator("#attack-note")).to_contain_text("Black-box: every query")
+    page.get_by_label("vanilla CLIP").check()
+    expect(page.locator("#estimate p")).to_have_count(0)
 
 
 def test_without_attack_there_is_one_column_and_no_slider(page: Page):
@@ -127,7 +185,8 @@ def test_presets_and_the_count_of_class_names(page: Page):
     choose(page, "Class names from a data set", "OxfordIIITPet")
     expect(note).to_contain_text("37 class names.")
     choose(page, "Class names from a data set", "ImageNet")
-    expect(note).to_contain_text("998 class names; 2 repeated, counted once.")
+    assert "Left out, too long for this model: Mexican hairless dog" in toast(page)
+    expect(note).to_contain_text("997 class names; 2 repeated, counted once.")
     page.locator("#classes textarea").fill("cat,,dog , cat\n\nship")
     expect(note).to_contain_text("3 class names; 1 repeated, counted once.")
     expect(note.locator(".t-warning")).to_have_count(0)
@@ -198,6 +257,7 @@ def test_take_away(page: Page):
     assert set(numbers["versions"]) >= {"python", "torch"}
     assert "pack_commit" in numbers["settings"]
 
+    picture = download(page, "Attacked image").read_bytes()
     link = page.get_by_role("link", name="Link to these inputs").evaluate("a => a.href")
     page.goto("about:blank")
     page.goto(link)
@@ -206,6 +266,13 @@ def test_take_away(page: Page):
     expect(page.locator("#preview img")).to_be_visible()
     finish(page)
     assert shown_answers(page) == answers
+    upload(page, "attacked.png", picture)
+    expect(page.locator("#preview img")).to_be_visible()
+    choose(page, "Attack", "none")
+    finish(page)
+    again = json.loads(download(page, "All numbers").read_text())["results"]
+    for name, kinds in numbers["results"].items():
+        assert again[name]["clean"] == kinds["attacked"]
 
 
 def test_damaged_link_opens_the_start_page_with_a_word(page: Page, server: str):

@@ -10,20 +10,28 @@ import pickle
 import re
 import subprocess
 import sys
+import threading
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import yaml
 from gradio_client import Client, handle_file
+from huggingface_hub import SpaceCardData
 from packaging.requirements import Requirement
 from PIL import Image
 
+import app
+import tapt.attacks
 import tapt.ui
+from tapt.attacks import ATTACKS
+from tapt.defense import class_names, parse_classes
 from tapt.errors import InputError, PackError, TaptError
-from tapt.ui import inputs, links, render
+from tapt.sweep import Sweep
+from tapt.ui import background, chart, inputs, known, links, render
 from tapt.ui.handlers import Handlers
 from tapt.ui.service import load_service
 
@@ -191,10 +199,65 @@ def test_published_accuracy_is_drawn_per_attack():
     ]
     rows.append({**row, "defense": "clip", "threat": "clip", "attack": "cw", "epsilon_255": None})
     shown = render.published(SimpleNamespace(evaluation=rows))
-    assert shown.count('<svg viewBox="0 0 440') == 2
-    assert "PGD-20 on deployed TAPT (dev)" in shown
+    assert shown.count("<figure") == 2
+    assert "<figcaption>PGD-20 on each defence as deployed (dev)<" in shown
     assert shown.count("TAPT, 4: 50.0 %") == 2
+    worst = {**row, "defense": "tapt", "threat": "all", "attack": "worst", "steps": None}
+    shown = render.published(
+        SimpleNamespace(evaluation=[{**worst, "epsilon_255": 2, "accuracy": 0}])
+    )
+    assert "<figcaption>The worst of all attacks for each picture (dev)<" in shown
     assert "no published accuracy" in render.published(SimpleNamespace(evaluation=[]))
+
+
+def test_nonsense_in_a_packs_table_is_left_out():
+    row = {"dataset": "<b>", "attack": "<i>", "steps": 1, "defense": "tapt", "threat": "clip"}
+    row |= {"epsilon_255": 1, "clean_accuracy": 0.9, "accuracy": 0.5}
+    wrong = ({"accuracy": "high"}, {"epsilon_255": -1}, {"clean_accuracy": None}, {"threat": []})
+    rows = [7, {}, *({**row, **change} for change in wrong), {**row, "accuracy": float("nan")}]
+    assert "no published accuracy" in render.published(SimpleNamespace(evaluation=rows))
+    shown = render.published(SimpleNamespace(evaluation=[*rows, row]))
+    assert "<figcaption>&lt;i&gt;-1 on vanilla CLIP (&lt;b&gt;)<" in shown
+
+
+@pytest.mark.parametrize(
+    ("answers", "words"),
+    [
+        ("cccc", "right everywhere"),
+        ("ccdd", "wrong from 4/255 on"),
+        ("dddd", "wrong from 0/255 on"),
+        ("cdcd", "wrong at 2/255, 6/255"),
+        ("cd", "wrong at 2/255"),
+    ],
+)
+def test_a_sweep_says_in_words_where_each_defence_falls(answers: str, words: str):
+    attack = {"attack": {"name": "pgd"}, "threat": "clip"}
+    result = Sweep("c", True, (0, 2, 4, 6), attack)
+    for name, values in result.answers.items():
+        values += answers
+        result.probabilities[name] += [0.5] * len(answers)
+    assert f"<li>TAPT: {words}</li>" in render.sweep(result)
+
+
+@pytest.mark.parametrize(
+    ("value", "end"),
+    [(0, 1), (0.488, 0.6), (0.07, 0.08), (1, 1), (33, 40), (0.3, 0.4), (95, 100)],
+)
+def test_a_charts_axis_ends_at_a_round_number(value: float, end: float):
+    shown = chart.line_chart(
+        {"a": [(0, value)]}, title="t", x_label="x", x_range=(0, 1), y_max=value, x_ticks=[0]
+    )
+    assert f'text-anchor="end">{end:g}</text>' in shown
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_and_view_of_it_is_explained(name: str):
+    for threat in ("clip", "static", "adaptive"):
+        note = render.attack_note(ATTACKS[name], threat)
+        assert f"<strong>{ATTACKS[name].title}:</strong>" in note
+        assert ("Black-box" in note) == (name == "square" and threat == "adaptive")
+        assert "It sees" in note
+    assert ("L2" in note) == (name == "cw")
 
 
 @pytest.mark.parametrize(
@@ -334,6 +397,23 @@ def test_twenty_people_at_once_get_their_own_results(server: str):
         assert one(index)[1]["results"] == together[index][1]["results"]
 
 
+@pytest.mark.parametrize("name", ATTACKS)
+def test_every_attack_runs_and_is_measured(server: str, name: str):
+    options = {"attack": name, "epsilon": 3, "steps": 1, "class_names": "cat, dog, ship, frog"}
+    result = analyzed(server, **options)
+    assert result["settings"]["attack"]["name"] == name
+    assert result["settings"]["epsilon_255"] == (None if name == "cw" else 3)
+    assert name == "cw" or result["linf_255"] <= 3
+    assert sum(result["results"]["tapt"]["attacked"]) == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize(("attack", "threat"), [("pgd", "adaptive"), ("square", "square")])
+def test_the_deployed_defence_may_be_attacked(server: str, attack: str, threat: str):
+    result = analyzed(server, attack=attack, threat="adaptive", epsilon=3)
+    assert result["settings"]["threat"] == threat
+    assert 1 <= result["linf_255"] <= 3
+
+
 def test_full_queue_says_so(server: str):
     with concurrent.futures.ThreadPoolExecutor(60) as pool:
         answers = list(pool.map(lambda _: _try(server), range(60)))
@@ -375,6 +455,71 @@ def test_public_space_loads_only_its_backbones(toy_folder: Path, monkeypatch: py
     assert elsewhere.model("tiny").embedded
 
 
+def test_class_names_too_long_for_the_embedded_model_are_told_before_the_run():
+    service = load_service("tiny", device="cpu")
+    handlers = Handlers(service, "/nowhere")
+    for name, text in known.presets().items():
+        every, filled = class_names(text), class_names(handlers.preset(name, "tiny"))
+        assert [each for each in every if each not in filled] == service.too_long(every)
+        assert service.defender(service.model("tiny"), tuple(parse_classes("\n".join(filled))))
+    long = "<b>" + "very " * 12 + "dog"
+    note = handlers.classes(f"cat, {long}", "", "", "tiny")[0]
+    assert "Too long for this model:</strong> &lt;b&gt;very very" in note
+    assert "Too long" not in handlers.classes(f"cat, {long}", "", "", "ViT-B-16")[0]
+    with pytest.raises(InputError, match=r"very very.*this model reads at most"):
+        service.defender(service.model("tiny"), ("cat", long))
+
+
+def test_closing_a_run_ends_its_computation(toy_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    passes = []
+    original = tapt.attacks.encode_image
+
+    def counted(*values: object, **options: object):
+        passes.append(1)
+        return original(*values, **options)
+
+    monkeypatch.setattr(tapt.attacks, "encode_image", counted)
+    handlers = Handlers(load_service(f"local-dir:{toy_folder}", device="cpu"), "/nowhere")
+    values = {"image": RED, "class_names": "cat, dog", "attack": "pgd", "steps": 5000, "views": 4}
+    before = set(threading.enumerate())
+    running = handlers.compare(*(values.get(name) for name in inputs.FIELDS))
+    for status, *_ in running:
+        if isinstance(status, str) and "Attacking the picture" in status:
+            break
+    workers = set(threading.enumerate()) - before
+    assert workers
+    running.close()
+    for worker in workers:
+        worker.join(60)
+        assert not worker.is_alive()
+    assert 0 < len(passes) < 5000
+
+
+def test_a_slow_step_gives_way_to_the_page():
+    closed, go = threading.Event(), threading.Event()
+
+    def steps() -> Iterator[int]:
+        try:
+            go.wait(60)
+            yield 1
+            yield 2
+        finally:
+            closed.set()
+
+    items = background.with_heartbeat(steps(), beat=0.01)
+    assert next(items) is None
+    go.set()
+    assert [item for item in items if item is not None] == [1, 2]
+    assert closed.wait(60)
+
+    def broken() -> Iterator[int]:
+        yield 1
+        raise InputError("No more.")
+
+    with pytest.raises(InputError, match="No more"):
+        list(background.with_heartbeat(broken()))
+
+
 def test_no_folder_is_taken_for_a_pack(toy_folder: Path, monkeypatch: pytest.MonkeyPatch):
     service = load_service(f"local-dir:{toy_folder}", device="cpu")
     monkeypatch.chdir(ROOT)
@@ -409,6 +554,29 @@ def test_gpu_function_takes_and_gives_what_can_be_pickled(
     *_, last = handlers.compare(*(values.get(name) for name in inputs.FIELDS))
     assert last[-1]["finished"] is True
     assert FakeSpaces.calls == 1
+
+
+def test_a_space_is_set_by_its_variables(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TAPT_BACKBONE", "ViT-B-16,tiny")
+    monkeypatch.setenv("TAPT_PACK", "owner/repo@v1")
+    monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "7861")
+    args = app.parse_args([])
+    assert (args.backbone, args.pack) == ("ViT-B-16,tiny", "owner/repo@v1")
+    assert (args.host, args.port) == ("0.0.0.0", 7861)
+    assert app.parse_args(["--backbone", "tiny"]).backbone == "tiny"
+
+
+def test_the_front_matter_is_a_spaces():
+    front = (ROOT / "README.md").read_text(encoding="utf-8").split("---")[1]
+    card = SpaceCardData(**yaml.safe_load(front))
+    assert (card.sdk, card.license, card.python_version) == ("gradio", "mit", "3.12")
+    assert (ROOT / card.app_file).is_file()
+    assert len(card.short_description) <= 60  # the Hub takes no more
+    for name in ("title", "emoji", "tags", "suggested_hardware", "startup_duration_timeout"):
+        assert card.get(name)
+    colours = {"red", "yellow", "green", "blue", "indigo", "purple", "pink", "gray"}
+    assert {card.get("colorFrom"), card.get("colorTo")} <= colours
 
 
 def test_requirements_agree_with_the_space_and_resolve():

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-WIDTH, HEIGHT = 440, 250
-LEFT, RIGHT, TOP, BOTTOM = 48, 428, 12, 206
+WIDTH, HEIGHT = 340, 230
+LEFT, RIGHT, TOP, BOTTOM = 50, 328, 12, 184
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 
@@ -24,10 +25,11 @@ def line_chart(
     """Lines over x, told apart by colour and by dashes.
 
     series: points by name, in drawing order; at most six lines.
+    y_max: the axis ends at the next round number.
     show: how a y value is written.
     """
     low, high = x_range
-    span, y_max = (high - low) or 1, y_max or 1
+    span, y_max = (high - low) or 1, _round_up(y_max)
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = LEFT + (x - low) / span * (RIGHT - LEFT)
@@ -40,8 +42,10 @@ def line_chart(
         label = show(y_max * part / 4)
         parts.append(f'<text x="{LEFT - 6}" y="{y + 4}" text-anchor="end">{label}</text>')
     for tick in x_ticks:
-        parts.append(f'<text x="{at(tick, 0)[0]}" y="222" text-anchor="middle">{tick:g}</text>')
-    parts.append(f'<text x="{(LEFT + RIGHT) / 2}" y="242" text-anchor="middle">{x_label}</text>')
+        x, below = at(tick, 0)[0], BOTTOM + 17
+        parts.append(f'<text x="{x}" y="{below}" text-anchor="middle">{tick:g}</text>')
+    middle = (LEFT + RIGHT) / 2
+    parts.append(f'<text x="{middle}" y="{HEIGHT - 8}" text-anchor="middle">{x_label}</text>')
     for index, (name, points) in enumerate(series.items()):
         spots = [at(x, y) for x, y in points]
         path = " ".join(f"{x},{y}" for x, y in spots)
@@ -63,6 +67,14 @@ def line_chart(
         f"<details><summary>As numbers</summary>{_numbers(series, x_label, show)}</details>"
         "</figure>"
     )
+
+
+def _round_up(value: float) -> float:
+    """The next number whose quarters are easy to read; 1 for nothing."""
+    if value <= 0:
+        return 1
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(step * power for step in (1, 2, 4, 6, 8, 10) if step * power >= value)
 
 
 def _numbers(series: Series, x_label: str, show: Callable[[float], str]) -> str:

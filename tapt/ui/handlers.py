@@ -268,13 +268,27 @@ class Handlers:
             raise inputs.refusal(error) from error
         return render.preview(to_picture(model.backbone.preprocess(picture)))
 
+    def preset(self, name: str, backbone: str) -> str | dict:
+        """The class names of a data set, without those that the embedded model cannot read."""
+        text = known.presets().get(name)
+        if text is None:
+            return gr.skip()
+        names = class_names(text)
+        too_long = self.service.too_long(names) if backbone == EMBEDDED_BACKBONE else []
+        if too_long:
+            gr.Info(f"Left out, too long for this model: {render.listed(too_long)}.")
+            text = "\n".join(each for each in names if each not in too_long)
+        return text
+
     def classes(self, text: str, true_class: str, target: str, backbone: str) -> tuple:
         """What is to say about the class names, and the choices of the true class and target."""
         every = class_names((text or "")[: inputs.MAX_TEXT])
         names = list(dict.fromkeys(every))
-        unknown = known.unknown_names(names) if backbone == EMBEDDED_BACKBONE else None
-        note = render.classes_note(len(names), len(every) - len(names), unknown)
         choices = names[:MAX_CLASSES]
+        unknown, too_long = None, []
+        if backbone == EMBEDDED_BACKBONE:
+            unknown, too_long = known.unknown_names(names), self.service.too_long(choices)
+        note = render.classes_note(len(names), len(every) - len(names), unknown, too_long)
         return note, *(
             gr.update(choices=[(empty, ""), *choices], value=value if value in choices else "")
             for empty, value in ((render.NO_LABEL, true_class), (render.NO_TARGET, target))

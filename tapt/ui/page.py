@@ -64,6 +64,8 @@ THEME = gr.themes.Default(
     block_label_text_color_dark="*neutral_200",
     block_title_text_color="*neutral_700",
     block_title_text_color_dark="*neutral_200",
+    checkbox_border_color="*neutral_500",
+    checkbox_border_color_dark="*neutral_400",
     input_placeholder_color="*neutral_500",
     input_placeholder_color_dark="*neutral_400",
     button_primary_background_fill="*primary_600",
@@ -144,8 +146,8 @@ def _buttons(elem_id: str, name: str) -> tuple[gr.Button, gr.Button]:
 
 def _sweep_inputs(fields: dict) -> None:
     gr.HTML(
-        '<p class="t-small">The picture, the class names, the attack and the defence on the left, '
-        "once for every epsilon.</p>",
+        '<p class="t-small">Attacks the picture once for every epsilon, with the class names, the '
+        "attack and the defence that are set on this page.</p>",
         apply_default_css=False,
     )
     with gr.Row():
@@ -348,7 +350,14 @@ def _wire_picture(handlers: Handlers, fields: dict, preview: gr.HTML) -> None:
 
 def _wire_classes(handlers: Handlers, fields: dict, preset: gr.Dropdown, note: gr.HTML) -> None:
     classes, true_class, target = (fields[n] for n in ("class_names", "true_class", "target"))
-    preset.input(lambda name: known.presets().get(name, gr.skip()), preset, classes, **QUIET)
+    preset.select(  # queued, since the browser shows no word of a call that is not
+        handlers.preset,
+        [preset, fields["backbone"]],
+        classes,
+        concurrency_limit=4,
+        show_progress="hidden",
+        api_visibility="private",
+    )
     gr.on(
         [classes.change, fields["backbone"].change],
         handlers.classes,
@@ -384,7 +393,9 @@ def _wire_model(handlers: Handlers, fields: dict, reset: gr.Button, line: gr.HTM
         "show_progress": "minimal",
         "show_progress_on": [line],
         "api_visibility": "private",
-        **MODEL_QUEUE,
+        "preprocess": False,
+        "concurrency_limit": 4,  # not the model's queue: a download would stop everybody's runs
+        "concurrency_id": "choice",
     }
     backbone.input(handlers.choose, backbone, **common)
     gr.on([pack.input, reset.click], handlers.choose, [backbone, pack], **common)

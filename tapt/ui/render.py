@@ -11,6 +11,7 @@ from html import escape
 from PIL import Image
 from torch import Tensor
 
+from tapt.adaptive import DEPLOYED_THREATS
 from tapt.attacks import ATTACKS, Attack
 from tapt.compare import Comparison
 from tapt.defense import DEFENSES
@@ -98,9 +99,11 @@ ensemble of views, and of TAPT, on the original and on the attacked picture.</li
 </ol></section>"""
 
 
-def classes_note(count: int, repeated: int, unknown: Sequence[str] | None) -> str:
+def classes_note(
+    count: int, repeated: int, unknown: Sequence[str] | None, too_long: Sequence[str] = ()
+) -> str:
     """How many class names there are; for the embedded model (`unknown` is not None) the ten kinds,
-    and a warning where names are outside them."""
+    and warnings where names are outside them or too long for it."""
     note = f"{count:,} class name{'' if count == 1 else 's'}"
     if repeated:
         note += f"; {repeated:,} repeated, counted once"
@@ -108,6 +111,12 @@ def classes_note(count: int, repeated: int, unknown: Sequence[str] | None) -> st
     if unknown is not None:
         note += f" The embedded model knows ten kinds only: {escape(KNOWS)}."
     warning = _unknown_warning(unknown) if unknown else ""
+    if too_long:
+        names = listed(too_long)
+        warning = (
+            f'<p class="t-warning"><strong>Too long for this model:</strong> {names}. Shorten '
+            f"them or take them out; none is ever cut.</p>{warning}"
+        )
     return f'<p class="t-small">{note}</p>{warning}'
 
 
@@ -119,18 +128,23 @@ def attack_note(row: Attack | None, threat: str) -> str:
         f"<strong>{row.title}:</strong> {escape(row.about)} ({row.steps} {row.unit} by default.)"
     )
     if threat in THREATS:
-        title, _, about = THREATS[threat]
+        by_queries = threat == "adaptive" and row is ATTACKS["square"]
+        title, _, about = THREATS["square" if by_queries else threat]
         lines += f"<br><strong>It sees {title}.</strong> {escape(about)}"
     return f'<p class="t-small">{lines}</p>'
 
 
 def _unknown_warning(unknown: Sequence[str]) -> str:
-    names = ", ".join(escape(_cut(name)) for name in unknown[:5])
-    more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
     return (
-        f'<p class="t-warning"><strong>Outside the ten kinds:</strong> {names}{more}. '
+        f'<p class="t-warning"><strong>Outside the ten kinds:</strong> {listed(unknown)}. '
         "The model has never seen these; its answers about them mean little.</p>"
     )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first few names, as HTML, and how many more there are."""
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(escape(_cut(name)) for name in names[:5]) + more
 
 
 def preview(picture: Image.Image) -> str:
@@ -301,15 +315,17 @@ def _attack_facts(result: Comparison) -> list[tuple[str, str]]:
 
 
 def perturbation(result: Comparison) -> str:
-    """The amplified perturbation with its scale."""
+    """The amplified perturbation with its scale and its size beside epsilon."""
     if result.attacked is None:
         return ""
     picture, scale = amplified_difference(result.attacked, result.clean)
+    epsilon = result.settings["epsilon_255"]
+    limit = "" if epsilon is None else f" and epsilon is {epsilon}/255"
     return f"""<figure class="t-figure">
 <img class="t-pixels" src="{png_url(picture)}"
 alt="The perturbation, amplified {scale} times around mid-grey">
 <figcaption><strong>Perturbation × {scale}</strong> around mid-grey; the largest change of a pixel
-is {result.linf_255}/255.</figcaption></figure>"""
+(L∞) is {result.linf_255}/255{limit}.</figcaption></figure>"""
 
 
 def downloads(result: Comparison, numbers: dict, link: str) -> str:
@@ -364,41 +380,66 @@ def sweep(result: Sweep) -> str:
 
 
 def _wrong_at(result: Sweep, answers: Sequence[str]) -> str:
-    pairs = zip(result.epsilons, answers, strict=False)
-    wrong = [f"{epsilon}/255" for epsilon, answer in pairs if answer != result.label]
-    return f"wrong at {', '.join(wrong)}" if wrong else "right everywhere"
+    wrong = [answer != result.label for answer in answers]
+    if not any(wrong):
+        return "right everywhere"
+    first = wrong.index(True)
+    if all(wrong[first:]) and len(wrong) - first > 1:
+        return f"wrong from {result.epsilons[first]}/255 on"
+    at = (f"{e}/255" for e, is_wrong in zip(result.epsilons, wrong, strict=False) if is_wrong)
+    return f"wrong at {', '.join(at)}"
 
 
 def published(pack: Pack) -> str:
     """The accuracies of a pack's card, a chart for each attack with epsilon."""
-    groups: dict[tuple, dict[str, list[tuple[float, float]]]] = {}
-    for row in sorted(pack.evaluation, key=lambda row: row["epsilon_255"] or 0):
-        if row["epsilon_255"] is not None:
-            attack = ATTACKS[row["attack"]].title if row["attack"] in ATTACKS else row["attack"]
-            threat = THREATS.get(row["threat"], (row["threat"],))[0]
-            key = attack_name({**row, "attack": attack}), threat, row["dataset"]
-            clean = [(0, row["clean_accuracy"])]
-            name = MODELS.get(row["defense"], (row["defense"],))[0]
-            groups.setdefault(key, {}).setdefault(name, clean).append(
-                (row["epsilon_255"], row["accuracy"])
-            )
+    groups: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    rows = filter(_may_be_drawn, pack.evaluation)
+    for row in sorted(rows, key=lambda row: row["epsilon_255"]):
+        clean = [(0, row["clean_accuracy"])]
+        name = MODELS.get(row["defense"], (row["defense"],))[0]
+        groups.setdefault(_published_title(row), {}).setdefault(name, clean).append(
+            (row["epsilon_255"], row["accuracy"])
+        )
     charts = [
         line_chart(
             series,
-            title=f"{attack} on {threat} ({dataset})",
+            title=escape(title),
             x_label="epsilon, 1/255",
             x_range=(0, max(x for points in series.values() for x, _ in points)),
             x_ticks=sorted({x for points in series.values() for x, _ in points}),
             y_max=1,
             show=_percent,
         )
-        for (attack, threat, dataset), series in groups.items()
+        for title, series in groups.items()
     ]
     body = "".join(charts) or "<p>This pack has no published accuracy yet.</p>"
     return (
         '<section class="t-card t-curves"><h2>Accuracy over many pictures, as published with the '
         f"pack</h2>{body}</section>"
     )
+
+
+def _may_be_drawn(row: object) -> bool:
+    """Whether a row has an epsilon and what a chart needs; a pack may come from anybody."""
+    if not isinstance(row, dict):
+        return False
+    numbers = (row.get(key) for key in ("epsilon_255", "clean_accuracy", "accuracy"))
+    texts = (row.get(key) for key in ("dataset", "threat", "attack", "defense"))
+    return all(isinstance(n, (int, float)) and 0 <= n <= 255 for n in numbers) and all(
+        isinstance(text, str) for text in texts
+    )
+
+
+def _published_title(row: dict) -> str:
+    """The condition of a row of a pack's table, in words."""
+    threat, dataset = row["threat"], _cut(row["dataset"])
+    if threat == "all":
+        return f"The worst of all attacks for each picture ({dataset})"
+    name = ATTACKS[row["attack"]].title if row["attack"] in ATTACKS else row["attack"]
+    attack = attack_name({"steps": row.get("steps"), "attack": name})
+    own = threat in DEPLOYED_THREATS  # then each row's own defence was attacked
+    seen = "each defence as deployed" if own else THREATS.get(threat, (threat,))[0]
+    return f"{attack} on {seen} ({dataset})"
 
 
 def _badge(text: str) -> str:

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import os
 import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
+from typing import Generic, TypeVar
 
 from tapt.backbone import OPENAI_NAMES, Backbone, is_public, load_backbone
 from tapt.defense import Defender, make_defender
 from tapt.errors import InputError, PackError
 from tapt.hub import Progress, Token, parse_id
 from tapt.pack import Pack, embedded_packs, hub_packs, load_model, load_pack, untrained_pack
+from tapt.prompts import PromptConfig
 
 EMBEDDED_BACKBONE = "tiny"
 UNTRAINED_PACK = "untrained prompts"
-REMEMBERED_BACKBONES = 2
+REMEMBERED_BACKBONES = 2  # beside the first
 REMEMBERED_PACKS = 4
 REMEMBERED_CLASS_LISTS = 8
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +40,36 @@ class Model:
     def embedded(self) -> bool:
         """Whether this is the backbone that knows ten kinds only."""
         return self.backbone_name == EMBEDDED_BACKBONE
+
+
+class Kept(Generic[T]):
+    """The last `size` values by key; whoever asks for one that is there never waits.
+
+    making: held while a value is made.
+    """
+
+    def __init__(self, size: int, making: AbstractContextManager) -> None:
+        self._size, self._making = size, making
+        self._values: OrderedDict[Hashable, T] = OrderedDict()
+        self._guard = threading.Lock()
+
+    def get(self, key: Hashable, make: Callable[[], T]) -> T:
+        if (value := self._find(key)) is not None:
+            return value
+        with self._making:
+            if (value := self._find(key)) is None:
+                value = make()
+                with self._guard:
+                    self._values[key] = value
+                    while len(self._values) > self._size:
+                        self._values.popitem(last=False)
+            return value
+
+    def _find(self, key: Hashable) -> T | None:
+        with self._guard:
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
 
 
 class Service:
@@ -56,10 +92,11 @@ class Service:
         names = dict.fromkeys((backbone.name, *backbones))
         self.backbones = {_visible(name): name for name in names}
         self.on_space = on_space
-        self._device, self._progress = device, None
-        self._lock = threading.Lock()
-        self._backbone = lru_cache(max(REMEMBERED_BACKBONES, on_space * len(names)))(self._load)
-        self._model = lru_cache(REMEMBERED_PACKS)(self._load_model)
+        self._device = device
+        # one backbone at a time, for the memory; a pack keeps nobody waiting
+        size = max(REMEMBERED_BACKBONES, on_space * len(names))
+        self._backbones: Kept[Backbone] = Kept(size, threading.Lock())
+        self._models: Kept[Model] = Kept(REMEMBERED_PACKS, nullcontext())
         self._defender = lru_cache(REMEMBERED_CLASS_LISTS)(
             lambda model, classes: make_defender(model.backbone, model.pack, classes)
         )
@@ -75,13 +112,28 @@ class Service:
         pack = pack or next(iter(self.packs(backbone)))
         if (backbone, pack) == (self.first.backbone_name, self.first.pack_name):
             return self.first
-        with self._lock:
-            self._progress = progress
-            return self._model(backbone, pack)
+        make = partial(self._load_model, backbone, pack, progress)
+        return self._models.get((backbone, pack), make)
 
     def defender(self, model: Model, classes: tuple[str, ...]) -> Defender:
         """The defender for a class list; its text features are computed once."""
         return self._defender(model, classes)
+
+    def too_long(self, names: Sequence[str]) -> list[str]:
+        """The class names whose sentences are too long for the embedded model."""
+        model = self.model(EMBEDDED_BACKBONE)
+        own = model.pack.prompts.config
+        configs = PromptConfig("V", template=own.template), own
+
+        def fit(names: Sequence[str]) -> bool:
+            try:
+                for config in configs:
+                    model.backbone.tokenize(config.sentences(names))
+            except InputError:
+                return False
+            return True
+
+        return [] if not names or fit(names) else [name for name in names if not fit([name])]
 
     def packs(self, backbone: str) -> list[str]:
         """The packs at hand for a backbone, its default first."""
@@ -97,18 +149,20 @@ class Service:
         """
         return hub_packs(self.model(backbone).backbone)
 
-    def _load(self, name: str) -> Backbone:
-        if name == self.first.backbone_name:
-            return self.first.backbone
+    def _load(self, name: str, progress: Progress | None) -> Backbone:
         if name not in self.backbones and (self.on_space or not is_public(name)):
             raise InputError(
                 f"This page offers the backbones {', '.join(self.backbones)}; got {name!r}."
             )
         source = self.backbones.get(name, name)
-        return load_backbone(source, device=self._device, progress=self._progress)
+        return load_backbone(source, device=self._device, progress=progress)
 
-    def _load_model(self, backbone_name: str, name: str) -> Model:
-        backbone = self._backbone(backbone_name)
+    def _load_model(self, backbone_name: str, name: str, progress: Progress | None) -> Model:
+        if backbone_name == self.first.backbone_name:
+            backbone = self.first.backbone
+        else:
+            load = partial(self._load, backbone_name, progress)
+            backbone = self._backbones.get(backbone_name, load)
         if name == UNTRAINED_PACK:
             return Model(backbone, untrained_pack(backbone), backbone_name, name)
         if name not in embedded_packs(backbone_name) and (
@@ -119,7 +173,7 @@ class Service:
                 f"the Hub, as owner/repo; got {name!r}."
             )
         try:
-            pack = load_pack(name, backbone, progress=self._progress)
+            pack = load_pack(name, backbone, progress=progress)
         except PackError as error:  # no folders of the server
             raise PackError(str(error).replace(backbone.name, backbone_name)) from error
         return Model(backbone, pack, backbone_name, name)
