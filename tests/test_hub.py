@@ -560,6 +560,24 @@ def test_the_pages_service(hub, clip, files, published):
         service.model(pack="owner/none")
 
 
+def test_nobody_waits_for_another_visitors_pack(hub, clip, files, published):
+    service = load_service("hf-hub:owner/clip", None, "cpu")
+    loaded = service.model(pack=REPO)
+    hub.commit("owner/slow", changed(files))
+    hub.commit("owner/other", changed(files))
+    hub.fail(f"GET /owner/slow/.*{STATISTICS}", "stall", seconds=6)
+    slow = threading.Thread(target=service.model, kwargs={"pack": "owner/slow"})
+    slow.start()
+    while not any("GET /owner/slow/resolve" in r and STATISTICS in r for r in hub.requests):
+        slow.join(0.05)
+    assert service.model(pack=REPO) is loaded
+    assert service.model(pack="owner/other").pack_name == "owner/other"
+    assert slow.is_alive()
+    hub.released.set()
+    slow.join()
+    assert service.model(pack="owner/slow") is service.model(pack="owner/slow")
+
+
 def start(hub: LoopbackHub, home: Path, *command: str, **settings: str) -> subprocess.Popen:
     """A new process with a cache of its own. settings: environment variables."""
     own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", **settings}
