@@ -1,6 +1,7 @@
 """Trains the embedded CLIP on CIFAR-10 and writes it as an open_clip folder.
 
     python prompts/tiny/train_backbone.py --data cifar10-train.zip --out prompts/tiny/backbone
+    python prompts/tiny/train_backbone.py --data cifar10-test.zip --score prompts/tiny/backbone
 
 Images go in by patch dropout (Li et al., "Scaling Language-Image Pre-training via Masking", 2023)
 and random crops; captions are drawn at every step from templates and everyday synonyms. Block
@@ -24,9 +25,12 @@ from safetensors.torch import load_file, save
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tapt.data import in_memory, load_data
+from tapt.backbone import load_backbone
+from tapt.data import LabelledImages, in_memory, load_data
 from tapt.files import write_file
-from tapt.images import to_uint8
+from tapt.images import to_float, to_uint8
+from tapt.prompts import class_texts, logits
+from tapt.report import wilson
 
 CONFIG = {
     "model_cfg": {
@@ -64,6 +68,16 @@ NAMES = {
     "horse": ["horse", "pony", "stallion", "mare", "foal"],
     "ship": ["ship", "boat", "vessel", "ferry", "ocean liner", "yacht", "cargo ship"],
     "truck": ["truck", "lorry", "fire truck", "fire engine", "pickup truck", "dump truck"],
+}
+EVERYDAY = {
+    "airplane": "plane",
+    "automobile": "car",
+    "cat": "kitten",
+    "dog": "puppy",
+    "frog": "toad",
+    "horse": "pony",
+    "ship": "boat",
+    "truck": "lorry",
 }
 MAIN_TEMPLATE = "a photo of a {}."
 TEMPLATES = [
@@ -162,6 +176,23 @@ def accuracy(model: nn.Module, images: Tensor, labels: Tensor, texts: Tensor, no
     return right / len(images)
 
 
+def score(folder: Path, data: LabelledImages) -> None:
+    """Prints clean accuracy in the main template, under the plain names and under one everyday
+    synonym of each."""
+    backbone = load_backbone(f"local-dir:{folder}")
+    labels = torch.tensor(data.labels)
+    images = in_memory(data, backbone.preprocess)
+    for names in (list(NAMES), [EVERYDAY.get(name, name) for name in NAMES]):
+        text = class_texts(backbone, names, template=MAIN_TEMPLATE).fixed
+        right = 0
+        for batch, label in zip(images.split(250), labels.split(250), strict=True):
+            with torch.no_grad():
+                told = logits(backbone, to_float(batch), text).argmax(-1)
+            right += int((told == label).sum())
+        row = {"names": names, "n": len(data), "accuracy": right / len(data)}
+        print(json.dumps({**row, "ci95": wilson(right, len(data))}))
+
+
 def export(model: nn.Module, out: Path) -> None:
     """Config and float16 weights; each file is written aside, then renamed."""
     out.mkdir(parents=True, exist_ok=True)
@@ -177,6 +208,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--checkpoint", type=Path, default=Path("tiny-backbone.ckpt"))
     parser.add_argument("--resume", action="store_true", help="go on from --checkpoint")
     parser.add_argument("--init", type=Path, help="start from the weights in this folder")
+    parser.add_argument(
+        "--score", type=Path, help="measure the backbone in this folder on --data; trains nothing"
+    )
     parser.add_argument("--epochs", type=int, default=24)
     parser.add_argument("--full-epochs", type=int, default=2, help="last epochs without dropout")
     parser.add_argument("--patch-dropout", type=float, default=0.5)
@@ -194,6 +228,8 @@ def main() -> None:
     data = load_data(args.data, "train")
     if list(data.classes) != list(NAMES):
         sys.exit(f"--data: the class folders must be {', '.join(NAMES)}.")
+    if args.score:
+        return score(args.score, data)
     images, labels = in_memory(data, to_uint8), torch.tensor(data.labels)
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(args.seed))
     held, kept = order[: args.validation], order[args.validation :]
@@ -246,8 +282,8 @@ def main() -> None:
                 text = model.encode_text(draw_captions(captions, generator))
                 image = model.encode_image(batch)
             scale = model.logit_scale.clamp(max=4.6052).exp()
-            logits = scale * F.normalize(image.float(), dim=-1) @ F.normalize(text.float()).T
-            loss = F.cross_entropy(logits, labels[index], label_smoothing=0.1)
+            scores = scale * F.normalize(image.float(), dim=-1) @ F.normalize(text.float()).T
+            loss = F.cross_entropy(scores, labels[index], label_smoothing=0.1)
             loss.backward()
             for opt in opts:
                 opt.step()
