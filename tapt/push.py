@@ -41,10 +41,12 @@ def run(args: argparse.Namespace) -> int:
     disable_progress_bars()  # they also count files that are there already, as "0 files"
     if not args.create_pr:
         ask_hub(lambda _: _ready(where, args.public, args.tag), where)
-    url, commit, private = ask_hub(lambda _: _commit(where, files, args), where)
+    url, commit, private = ask_hub(lambda _: _commit(where, files, args.create_pr), where)
     print(f"{sum(map(len, files.values())) / 1e6:.1f} MB in {len(files)} files: {url}")
     if args.create_pr:
         return 0
+    if args.tag:
+        _name(where, commit, args.tag)
     print(f"The repo is {'private' if private else 'public'}. Load it with")
     print(f"  python app.py --pack {where.repo}@{args.tag or commit}")
     return 0
@@ -107,22 +109,27 @@ def _ready(where: HubId, public: bool, tag: str | None) -> None:
         raise HubError(f"{where.repo} has a version {tag!r} already; choose another --tag.")
 
 
-def _commit(
-    where: HubId, files: dict[str, bytes], args: argparse.Namespace
-) -> tuple[str, str, bool]:
+def _name(where: HubId, commit: str, tag: str) -> None:
+    try:
+        ask_hub(lambda _: HfApi().create_tag(where.repo, tag=tag, revision=commit), where)
+    except HubError as error:
+        raise HubError(
+            f"The pack is published at commit {commit[:7]}, but not named {tag!r}: {error}"
+        ) from error
+
+
+def _commit(where: HubId, files: dict[str, bytes], create_pr: bool) -> tuple[str, str, bool]:
     api = HfApi()
     info = api.model_info(where.repo)
     # a buffer goes by plain HTTP, where a stall can be seen; other data by the client for Xet
     operations = [CommitOperationAdd(name, io.BytesIO(data)) for name, data in files.items()]
     for operation in operations:  # one by one: their progress is watched in this thread
-        api.preupload_lfs_files(where.repo, [operation], create_pr=args.create_pr)
+        api.preupload_lfs_files(where.repo, [operation], create_pr=create_pr)
     done = api.create_commit(
         where.repo,
         operations,
         commit_message="TAPT prompts",
         parent_commit=info.sha,
-        create_pr=args.create_pr,
+        create_pr=create_pr,
     )
-    if args.tag:
-        api.create_tag(where.repo, tag=args.tag, revision=done.oid)
     return done.pr_url or done.commit_url, done.oid, bool(info.private)

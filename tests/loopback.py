@@ -131,11 +131,12 @@ class _Handler(BaseHTTPRequestHandler):
                 self.fault = fault
                 break
         try:
-            self._answer(path)
-        except _Refused as refused:
-            headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
-            self._send(json.dumps({"error": refused.message}).encode(), refused.status, headers)
-        except OSError:
+            try:
+                self._answer(path)
+            except _Refused as refused:
+                headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
+                self._send(json.dumps({"error": refused.message}).encode(), refused.status, headers)
+        except OSError:  # the client has gone
             self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = handle_any

@@ -140,6 +140,13 @@ CHANGES = {
         ),
         ["lacks prompt_learner.ctx"],
     ),
+    "several-missing": (
+        "VLJ",
+        lambda s: [
+            s.pop(f"prompt_learner.{k}") for k in ("proj.weight", "compound_prompts_text.0")
+        ],
+        ["lacks prompt_learner.compound_prompts_text.0, prompt_learner.proj.weight for"],
+    ),
     "first-missing": ("V", lambda s: s.pop("image_encoder.VPT"), ["lacks image_encoder.VPT"]),
     "gap": (
         "V",

@@ -17,9 +17,10 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import open_clip
 import pytest
 import torch
-from conftest import ROOT, folder_files
+from conftest import ROOT, folder_files, toy_config
 from filelock import FileLock
 from huggingface_hub import close_session
 from loopback import LoopbackHub
@@ -531,6 +532,30 @@ def test_backbone_weights_are_checked(hub, toy_folder):
     hub.commit("owner/clip", {CONFIG_FILE: json.dumps(config).encode()})
     with pytest.raises(BackboneError, match="which is far larger than they"):
         load_backbone("hf-hub:owner/clip")
+
+
+def test_openais_named_weights_come_from_the_hub(hub, toy_folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "ViT-B-16", toy_config())
+    repo = "timm/vit_base_patch16_clip_224.openai"
+    weights = (toy_folder / WEIGHTS_FILE).read_bytes()
+    commit = hub.commit(repo, {WEIGHTS_FILE: weights, "open_clip_pytorch_model.bin": b"pickle"})
+    told = []
+    backbone = load_backbone(
+        "ViT-B-16", device="cpu", progress=lambda *progress: told.append(progress)
+    )
+    assert (backbone.source, backbone.revision) == ("ViT-B-16", commit)
+    assert backbone.sha256 == hashlib.sha256(weights).hexdigest()
+    assert told[-1] == (len(weights), len(weights))
+    asked = [request for request in hub.requests if "/resolve/" in request]
+    assert {r.partition("/resolve/")[2] for r in asked} == {f"{commit}/{WEIGHTS_FILE}"}
+    save_pack(make_pack(backbone), tmp_path / "pack")
+    hub.commit(REPO, folder_files(tmp_path / "pack"))
+    hub.commit(repo, {WEIGHTS_FILE: b"newer"})
+    loaded, pack = load_model(pack=REPO, device="cpu")
+    assert (loaded.revision, pack.base_model["source"]) == (commit, "ViT-B-16")
+    hub.stop()
+    again = load_backbone("ViT-B-16", revision=commit, device="cpu")
+    assert (again.sha256, again.origin.cached) == (backbone.sha256, True)
 
 
 def test_packs_of_the_hub_that_fit(hub, clip, files, published):

@@ -196,6 +196,25 @@ def test_tokens(hub: LoopbackHub, folder, monkeypatch, capsys):
     assert hub.repos.keys() == {"owner/clip"}
 
 
+def test_the_token_of_an_earlier_login(hub: LoopbackHub, folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.delenv("HF_TOKEN")
+    (tmp_path / "token").write_text("hf_owner")
+    assert push(folder) == 0
+    told = capsys.readouterr()
+    assert "hf_owner" not in told.out + told.err
+
+
+def test_a_tag_that_fails_after_the_pack_is_there(hub: LoopbackHub, folder, capsys):
+    hub.fail("POST .*/tag/", "status")
+    assert push(folder, "--tag", "v1") == 2
+    commit = hub.repos["owner/pack"].refs["main"]
+    sentence = f"The pack is published at commit {commit[:7]}, but not named 'v1': The Hub answers"
+    assert sentence in capsys.readouterr().err
+    hub.faults.clear()
+    assert push(folder, "--tag", "v1") == 0
+    assert hub.repos["owner/pack"].tags["v1"] == hub.repos["owner/pack"].refs["main"]
+
+
 def test_a_taken_tag_stops_the_push(hub: LoopbackHub, folder, capsys):
     assert push(folder, "--tag", "v1") == 0
     commit = hub.repos["owner/pack"].refs["main"]
