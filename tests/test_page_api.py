@@ -303,6 +303,11 @@ def test_every_attack_and_view_of_it_is_explained(name: str):
         ({"pack": "/etc"}, "This page offers the packs"),
         ({"pack": "../prompts/tiny/vli"}, "This page offers the packs"),
         ({"pack": 3}, "Pack must be text"),
+        ({"pack": "x" * 1000}, "at most 200 characters"),
+        ({"backbone": "x" * 1000}, "at most 200 characters"),
+        ({"backbone": "a\0b"}, "This page offers the backbones tiny"),
+        ({"pack": "a\0b/c"}, "This page offers the packs"),
+        ({"pack": "~"}, "This page offers the packs"),
     ],
 )
 def test_bad_values_are_refused_in_words(server: str, changes: dict, message: str):

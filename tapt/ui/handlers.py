@@ -243,6 +243,7 @@ class Handlers:
 
     def packs(self, backbone: str, pack: str) -> dict:
         """The choices of the pack, those of the Hub among them, and a word where it is silent."""
+        backbone = backbone or self.service.first.backbone_name
         names, info = self.service.packs(backbone), render.PACK_INFO
         try:
             names += self.service.hub_packs(backbone)

@@ -24,6 +24,7 @@ UNTRAINED_PACK = "untrained prompts"
 REMEMBERED_BACKBONES = 2  # beside the first
 REMEMBERED_PACKS = 4
 REMEMBERED_CLASS_LISTS = 8
+MAX_NAME = 200  # file systems take no more than 255
 T = TypeVar("T")
 
 
@@ -108,6 +109,8 @@ class Service:
         Raises:
             TaptError: not offered here, missing, or not made for each other.
         """
+        if max(len(backbone), len(pack)) > MAX_NAME:
+            raise InputError(f"The name of a backbone or pack has at most {MAX_NAME} characters.")
         backbone = backbone or self.first.backbone_name
         pack = pack or next(iter(self.packs(backbone)))
         if (backbone, pack) == (self.first.backbone_name, self.first.pack_name):
