@@ -351,6 +351,7 @@ def _fetch(
             if _matches(files[path], checksum):
                 break
             _discard(files[path])
+            missing = watch.total = missing + listed[path].size
         else:
             raise HubError(f"{path} of {where.repo} arrives damaged: its checksum is wrong.")
     return _Cached(info.sha, files, checksums), missing > 0

@@ -336,9 +336,12 @@ def test_a_damaged_file_is_fetched_once_more_and_never_kept(hub, clip, files, pu
 def test_a_damaged_cache_is_not_used(hub, clip, files, published):
     load_pack(REPO, clip)
     cache = Path(tapt.hub.constants.HF_HUB_CACHE, "models--owner--pack", "snapshots", published)
+    told = []
     for content in (b"", files[PROMPTS][:-1] + b"\x00"):
         (cache / PROMPTS).resolve().write_bytes(content)
-        pack = load_pack(REPO, clip)
+        pack = load_pack(REPO, clip, progress=lambda *progress: told.append(progress))
+        assert not pack.origin.cached
+        assert told[-1] == (len(files[PROMPTS]), len(files[PROMPTS]))
         assert torch.equal(pack.prompts.tensors["text"], load(files[PROMPTS])["text"])
     (cache / PROMPTS).resolve().write_bytes(b"bad")
     hub.stop()

@@ -239,10 +239,11 @@ STEPS = ["POST /api/repos", "POST .*preupload", "POST .*/batch", "POST .*/commit
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_on_the_way(hub: LoopbackHub, folder, monkeypatch, capsys, fault: str, step: str):
-    monkeypatch.setattr(tapt.watch, "PATIENCE", 1.5)
     options, sentence = FAULTS[fault]
     hub.fail(step, **options)
-    assert push(folder) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(tapt.watch, "PATIENCE", 2.5)
+        assert push(folder) == 2
     error = capsys.readouterr().err
     assert sentence in error or (fault == "race" and "changed" in error)
     assert "Traceback" not in error
