@@ -208,6 +208,8 @@ def test_the_cache_serves_when_the_hub_is_gone_and_offline(hub, clip, published,
     assert "offline mode" in load_pack(REPO, clip).origin.fault
     assert "offline mode" in refused(clip, "owner/none")
     assert load_model(None, REPO, device="cpu")[0].sha256 == clip.sha256
+    with pytest.raises(HubError, match="Offline mode is on"):
+        hub_packs(clip)
     assert hub.requests == []
 
 

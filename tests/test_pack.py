@@ -306,7 +306,9 @@ def test_embedded_packs(toy: Backbone, folder: Path, tmp_path, monkeypatch: pyte
     assert embedded_packs("tiny") == ["tiny/v", "tiny/vli"]
     assert embedded_packs("ViT-B-16") == []
     assert default_pack(tiny).name == "tiny/vli"
-    assert load_pack("tiny/v", tiny).prompts.config.design == "VLI"
+    (tmp_path / "tiny" / "v").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    assert load_pack("tiny/v", tiny).prompts.config.design == "VLI"  # not that empty folder
     with pytest.raises(PackError, match="use tiny/v, tiny/vli, a folder, or a Hub id"):
         load_pack("tiny/vlj", tiny)
 
