@@ -19,8 +19,8 @@ import httpx2
 from huggingface_hub import constants, logging, set_client_factory
 from huggingface_hub.utils._http import default_client_factory
 
-PATIENCE = 9.0  # seconds; an answer that is late by more counts as a fault
-PROGRESS = 90_000  # bytes within PATIENCE that make a slow download and not a stall: 10 kB/s
+PATIENCE = 8.0  # seconds; an answer that is late by more counts as a fault
+PROGRESS = 80_000  # bytes within PATIENCE that make a slow download and not a stall: 10 kB/s
 
 Progress = Callable[[int, int], None]
 """Called with the bytes that have arrived and those that are to come in all."""

@@ -70,7 +70,7 @@ def published(hub: LoopbackHub, files: dict[str, bytes]) -> str:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A stall is 0.8 s instead of 9, at the same rate."""
+    """A stall is 0.8 s instead of 8, at the same rate."""
     monkeypatch.setattr(tapt.watch, "PATIENCE", 0.8)
     monkeypatch.setattr(tapt.watch, "PROGRESS", 8_000)
 
