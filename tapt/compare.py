@@ -19,7 +19,8 @@ from tapt.adaptive import DEPLOYED_THREATS, attack_deployed
 from tapt.attacks import AttackConfig, attack_images, l2_norm, linf_255
 from tapt.defense import DEFENSES, THREATS, Defended, Defender
 from tapt.errors import Cancelled, InputError
-from tapt.tuning import Losses, Trace, TuneConfig
+from tapt.step import Losses
+from tapt.tuning import Trace, TuneConfig
 
 R = TypeVar("R")
 T = TypeVar("T")

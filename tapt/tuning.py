@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -15,14 +15,12 @@ from tapt.errors import InputError
 from tapt.losses import (
     Statistics,
     TokenStatistics,
-    alignment,
     entropy,
     kept_views_count,
-    multi_view_entropy,
     select_views,
-    view_statistics,
 )
 from tapt.prompts import ClassTexts, Prompts, image_logits
+from tapt.step import Losses, Step, adamw, assign, descended, kept_graph
 from tapt.towers import encode_image
 
 
@@ -91,19 +89,6 @@ class TuneConfig:
 def _within(value: object, low: float, high: float, whole: bool = False) -> bool:
     number = isinstance(value, int if whole else (int, float)) and not isinstance(value, bool)
     return number and low <= value <= high
-
-
-@dataclass(frozen=True, eq=False)
-class Losses:
-    """Loss terms, one value per image, (M,); alignment terms are summed over the blocks, and
-    `per_block_*` are (blocks, M). Without statistics the alignment terms are None."""
-
-    entropy: Tensor
-    total: Tensor
-    adversarial: Tensor | None = None
-    clean: Tensor | None = None
-    per_block_adversarial: Tensor | None = None
-    per_block_clean: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,16 +163,17 @@ def tune(
     """
     config = config or TuneConfig()
     images, count = views.shape[:2]
-    blocks = aligned_blocks(config, prompts.config.visual_depth)
-    if blocks and blocks[-1] >= backbone.visual_blocks:
-        raise InputError(
-            f"align_to must be at most {backbone.visual_blocks} on this backbone, "
-            f"got {config.align_to}."
-        )
-    if statistics is not None:
-        statistics = _checked(statistics, backbone, prompts)
-    clock = _Clock(backbone.device)
     kept_count = kept_views_count(count, config.keep)
+    step = Step(
+        backbone,
+        texts,
+        None if statistics is None else _checked(statistics, backbone, prompts),
+        config,
+        _checked_blocks(config, prompts, backbone),
+        smooth,
+        apart=select_first and not smooth,
+    )
+    clock = _Clock(backbone.device)
     total = images * (count + kept_count * (config.steps + after) + 1)
     done = 0
 
@@ -198,19 +184,17 @@ def tune(
 
     on_progress(0, total)
     tuned = prompts.batch(images).map(lambda t: t.detach().requires_grad_())
-    # gradients to the text prompts are taken in a pass of their own, after the views' graph is gone
-    apart = select_first and not smooth
-    with torch.set_grad_enabled(not apart), clock("text"):
-        text_features = texts.features(backbone, tuned)
+    with clock("text"):
+        text_features = step.text_features(tuned)
+    graph = None
     with clock("select"):
-        graph = None
         if select_first:
             all_logits = view_logits(
                 backbone, prompts, views, text_features, coarse=coarse, advance=advance
             )
         else:
             with torch.enable_grad():
-                graph = _forward(backbone, tuned, views, text_features, blocks)
+                graph = step.forward(tuned, views, text_features)
             all_logits = graph[0].detach()
             advance(images * count)
         entropies = entropy(all_logits)
@@ -218,113 +202,42 @@ def tune(
         kept_views = views[torch.arange(images, device=views.device)[:, None], kept]
         if not smooth:
             kept_views = kept_views.detach()
+        if graph is not None:
+            graph = kept_graph(graph, kept, count)
 
-    optimizer = torch.optim.AdamW(
-        list(tuned.tensors.values()),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
+    optimizer = adamw(tuned, config)
     before = observed = None
-    for step in range(max(1, config.steps)):
-        with torch.enable_grad(), clock("gradient"):
-            if step > 0:
-                with torch.set_grad_enabled(not apart):
-                    text_features = texts.features(backbone, tuned)
-            if apart and texts.fixed is None:
-                text_features.requires_grad_()
-            if graph is not None and step == 0:
-                logits, taps = _keep(graph, kept, count)
+    for number in range(max(1, config.steps)):
+        with clock("gradient"):
+            if number > 0:
+                text_features = step.text_features(tuned)
+            losses, seen, gradients = step.gradients(tuned, kept_views, text_features, graph)
+            graph = None
+            if number == 0:
+                before, observed = losses, seen
+            if config.steps == 0:
+                continue
+            if smooth:
+                tuned = descended(tuned, gradients, config)
             else:
-                logits, taps = _forward(backbone, tuned, kept_views, text_features, blocks)
-            losses, seen = _losses(logits, taps, images, statistics, config, prompts, blocks)
-            if before is None:
-                before, observed = _detached(losses), seen
-            if config.steps > 0:
-                parameters = list(tuned.tensors.values())
-                leaf = [text_features] if apart and text_features.requires_grad else []
-                gradients = torch.autograd.grad(
-                    losses.total.sum(), parameters + leaf, allow_unused=True, create_graph=smooth
-                )
-                if leaf:
-                    del logits, taps, losses
-                    gradients = _through_text(backbone, tuned, texts, gradients)
-                if smooth:
-                    tuned = _descended(tuned, gradients, config)
-                else:
-                    _assign(tuned, gradients)
-                    with torch.device("cpu"):  # AdamW makes its counter on the default device
-                        optimizer.step()
-        graph = None
+                assign(tuned, gradients)
+                with torch.device("cpu"):  # AdamW makes its counter on the default device
+                    optimizer.step()
         advance(images * kept_count)
 
     if not smooth:
         tuned = tuned.map(lambda t: t.detach())
     with torch.set_grad_enabled(views.requires_grad), clock("predict"):
         text_features = texts.features(backbone, tuned)
-        first, _ = _forward(backbone, tuned, views[:, :1], text_features, ())
-    with torch.no_grad():
-        final = None
-        if after:
-            with clock("after"):
-                logits, taps = _forward(backbone, tuned, kept_views, text_features, blocks)
-                final, _ = _losses(logits, taps, images, statistics, config, prompts, blocks)
+        first, _ = step.forward(tuned, views[:, :1], text_features, tap=())
+    final = None
+    if after:
+        with torch.no_grad(), clock("after"):
+            logits, taps = step.forward(tuned, kept_views, text_features)
+            final, _ = step.losses(prompts, logits, taps)
     on_progress(total, total)
     trace = Trace(all_logits, entropies, kept, observed, before, final, dict(clock.seconds))
     return Tuned(tuned, first[:, 0], trace)
-
-
-def _forward(backbone, prompts: Prompts, views: Tensor, text_features: Tensor, blocks):
-    """Logits (M, K, C) of (M, K) views, and the inputs of `blocks`."""
-    images, count = views.shape[:2]
-    features, taps = encode_image(backbone, views.flatten(0, 1), prompts.visual(), tap=blocks)
-    logits = image_logits(backbone, features, text_features)
-    return logits.view(images, count, -1), taps
-
-
-def _keep(graph: tuple[Tensor, list[Tensor]], kept: Tensor, count: int):
-    """Logits and block inputs of the kept views out of a pass over all of them."""
-    logits, taps = graph
-    rows = torch.arange(len(kept), device=kept.device)[:, None]
-    flat = (rows * count + kept).flatten()
-    return logits[rows, kept], [tap[flat] for tap in taps]
-
-
-def _through_text(
-    backbone: Backbone, prompts: Prompts, texts: ClassTexts, gradients: Sequence[Tensor | None]
-) -> list[Tensor | None]:
-    """Gradients of the prompts from their own and, last in `gradients`, the text features'."""
-    *direct, of_text = gradients
-    through = torch.autograd.grad(
-        texts.features(backbone, prompts),
-        list(prompts.tensors.values()),
-        of_text,
-        allow_unused=True,
-    )
-    return [
-        a if b is None else b if a is None else a + b for a, b in zip(direct, through, strict=True)
-    ]
-
-
-def _assign(prompts: Prompts, gradients: Sequence[Tensor | None]) -> None:
-    for tensor, gradient in zip(prompts.tensors.values(), gradients, strict=True):
-        tensor.grad = gradient
-
-
-def _descended(prompts: Prompts, gradients: Sequence[Tensor | None], config: TuneConfig) -> Prompts:
-    """One differentiable step of gradient descent; each tensor of each image moves by lr on
-    average, as AdamW's first step does."""
-
-    def step(tensor: Tensor, gradient: Tensor | None) -> Tensor:
-        if gradient is None:
-            return tensor
-        size = gradient.abs().flatten(1).mean(1).clamp(min=1e-30)
-        size = size.view(-1, *[1] * (gradient.ndim - 1))
-        return tensor * (1 - config.lr * config.weight_decay) - config.lr * gradient / size
-
-    pairs = zip(prompts.tensors.items(), gradients, strict=True)
-    return Prompts(prompts.config, {name: step(t, g) for (name, t), g in pairs})
 
 
 @torch.no_grad()
@@ -381,29 +294,17 @@ def views_per_pass(backbone: Backbone) -> int:
     return max(1, tokens // backbone.image_tokens)
 
 
-def _losses(logits, taps, images: int, statistics, config: TuneConfig, prompts: Prompts, blocks):
-    observed = view_statistics(taps, images) if taps else None
-    term = multi_view_entropy(logits)
-    if observed is not None:
-        detached = TokenStatistics(observed.mean.detach(), observed.var.detach())
-    else:
-        empty = logits.new_zeros(0, images)
-        detached = TokenStatistics(empty, empty)
-    if statistics is None or observed is None:
-        return Losses(term, term), detached
-    adversarial = alignment(observed, statistics.adversarial, blocks)
-    clean = alignment(observed, statistics.clean, blocks)
-    mixed = config.alpha * adversarial.sum(0) + (1 - config.alpha) * clean.sum(0)
-    total = term + config.alignment_weight / prompts.config.visual_depth * mixed
-    return Losses(term, total, adversarial.sum(0), clean.sum(0), adversarial, clean), detached
+def _checked_blocks(config: TuneConfig, prompts: Prompts, backbone: Backbone) -> range:
+    blocks = aligned_blocks(config, prompts.config.visual_depth)
+    if blocks and blocks[-1] >= backbone.visual_blocks:
+        raise InputError(
+            f"align_to must be at most {backbone.visual_blocks} on this backbone, "
+            f"got {config.align_to}."
+        )
+    return blocks
 
 
-def _detached(losses: Losses) -> Losses:
-    values = {k: None if v is None else v.detach() for k, v in vars(losses).items()}
-    return Losses(**values)
-
-
-def _checked(statistics: Statistics, backbone, prompts: Prompts) -> Statistics:
+def _checked(statistics: Statistics, backbone: Backbone, prompts: Prompts) -> Statistics:
     tokens = backbone.image_tokens + prompts.config.tokens
     expected = (backbone.visual_blocks, tokens, backbone.visual_width)
     for name, part in (("adversarial", statistics.adversarial), ("clean", statistics.clean)):

@@ -11,6 +11,7 @@ import torch
 from conftest import TOY_CLASSES
 from torch import Tensor
 
+import tapt.step
 import tapt.tuning
 from tapt.backbone import Backbone, load_backbone
 from tapt.errors import Cancelled, InputError
@@ -264,13 +265,13 @@ def test_it_works_inside_no_grad_and_under_another_default_device(setup: Setup):
 
 def test_steps_keep_the_selection_of_the_first(setup: Setup, monkeypatch: pytest.MonkeyPatch):
     passes = []
-    original = tapt.tuning.encode_image
+    original = tapt.step.encode_image
 
     def spy(backbone, images, *args, **options):
         passes.append(images)
         return original(backbone, images, *args, **options)
 
-    monkeypatch.setattr(tapt.tuning, "encode_image", spy)
+    monkeypatch.setattr(tapt.step, "encode_image", spy)
     views = some_views(setup.backbone, 1)
     tuned = setup.tune(views, replace(CONFIG, steps=3, lr=0.5))  # the order may well change
     kept = views[0][tuned.trace.kept[0]]
