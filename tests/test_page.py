@@ -390,12 +390,15 @@ def test_html_in_class_names_is_shown_as_text(page: Page):
     assert page.locator("img[src=x], #results b, .toast-body b").count() == 0
 
 
-def test_keyboard_alone_runs_and_stops_nowhere_else(page: Page):
+def test_keyboard_alone_runs_and_always_shows_where_it_is(page: Page):
     page.locator("body").press("Tab")
+    outline = "getComputedStyle(document.activeElement).outlineStyle"
     for _ in range(80):
+        assert page.evaluate(f"document.activeElement === document.body || {outline} !== 'none'")
         if page.evaluate("document.activeElement.id") == "run":
             break
         page.keyboard.press("Tab")
+    expect(page.get_by_role("listbox")).to_have_count(0)  # Tab has closed each one behind it
     page.keyboard.press("Enter")
     expect(page.locator("#status")).to_contain_text("Finished")
 

@@ -50,6 +50,10 @@ max_epsilon, epsilon_step: in 1/255; the sweep begins at 0.
 {API_INPUTS}"""
 # raw values: the handlers check each one and say what is wrong with it
 MODEL_QUEUE = {"preprocess": False, "concurrency_limit": 1, "concurrency_id": "model"}
+# gradio's dropdown would open its list again when Tab leaves it
+TAB_LEAVES = """() => document.addEventListener("keydown", event => {
+  if (event.key === "Tab" && event.target.role === "combobox") event.stopPropagation();
+}, true)"""
 THEME = gr.themes.Default(
     primary_hue="indigo",
     neutral_hue="slate",
@@ -80,6 +84,7 @@ def launch_options() -> dict:
     return {
         "theme": THEME,
         "css": (FOLDER / "style.css").read_text(encoding="utf-8"),
+        "js": TAB_LEAVES,
         "run_history": False,
         "footer_links": ["api"],
         "max_file_size": MAX_BYTES,
