@@ -2,15 +2,15 @@
 
     python prompts/tiny/choose_settings.py --data cifar10-train.zip --pack prompts/tiny/vli
 
-Every setting is tried on the same images, clean and attacked by PGD (on vanilla CLIP, and on the
-static prompts); the best mean of the three accuracies is printed first. The images are the
-validation split of `python -m tapt train`, so no prompt was trained on them.
+Tried are the pack's own settings and each listed value with the others as they are, on the same
+images, clean and attacked by PGD (on vanilla CLIP, and on the static prompts); the best mean of the
+three accuracies is printed first. The images are the validation split of `python -m tapt train`, so
+no prompt was trained on them.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import sys
 from pathlib import Path
@@ -82,12 +82,12 @@ def main() -> None:
     parser.add_argument("--attack-steps", type=int, default=10)
     parser.add_argument("--limit", type=int, default=200)
     for name, values in (
-        ("lr", "0.0005,0.002,0.005,0.01,0.02"),
-        ("alignment-weight", "0,10,100"),
-        ("alpha", "0.5"),
-        ("steps", "1"),
-        ("views", "64"),
-        ("keep", "0.1"),
+        ("lr", "0.0005,0.005,0.01,0.02,0.04"),
+        ("alignment-weight", "0"),
+        ("alpha", "0,1"),
+        ("steps", "3"),
+        ("views", "32"),
+        ("keep", "0.05,0.2"),
     ):
         parser.add_argument(f"--{name}", type=numbers, default=numbers(values), help="by commas")
     args = parser.parse_args()
@@ -99,12 +99,12 @@ def main() -> None:
     defender = make_defender(backbone, load_pack(args.pack, backbone), data.classes)
     base = defender.pack.test_time
     fields = ("lr", "alignment_weight", "alpha", "steps", "views", "keep")
-    settings = [
-        dict(zip(fields, values, strict=True))
-        for values in itertools.product(*(getattr(args, field) for field in fields))
-    ]
-    for row in settings:
-        row["steps"], row["views"] = int(row["steps"]), int(row["views"])
+    own = {field: getattr(base, field) for field in fields}
+    settings = [own]
+    for field in fields:
+        for value in getattr(args, field):
+            changed = {**own, field: type(own[field])(value)}
+            settings += [] if changed in settings else [changed]
     grid = [base.updated(**row) for row in settings]
     most_views = max(config.views for config in grid)
     attack = AttackConfig("pgd", args.epsilon, args.attack_steps)
