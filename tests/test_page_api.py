@@ -27,6 +27,7 @@ from PIL import Image
 import app
 import tapt.attacks
 import tapt.ui
+import tapt.ui.page
 from tapt.attacks import ATTACKS
 from tapt.defense import class_names, parse_classes
 from tapt.errors import InputError, PackError, TaptError
@@ -417,6 +418,24 @@ def test_the_deployed_defence_may_be_attacked(server: str, attack: str, threat: 
     result = analyzed(server, attack=attack, threat="adaptive", epsilon=3)
     assert result["settings"]["threat"] == threat
     assert 1 <= result["linf_255"] <= 3
+
+
+@pytest.mark.filterwarnings("ignore")  # gradio's own, about pandas
+def test_results_of_finished_calls_are_not_kept_for_ever(
+    toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    monkeypatch.setattr(tapt.ui.page, "MAX_SESSIONS", 3)
+    served = tapt.ui.page.build_page(load_service(f"local-dir:{toy_folder}", device="cpu"))
+    app._reach_oneself()
+    options = tapt.ui.page.launch_options()
+    _, url, _ = served.launch(prevent_thread_lock=True, server_name="127.0.0.1", **options)
+    try:
+        for seed in range(6):
+            assert analyzed(url.rstrip("/"), attack="none", seed=seed)["settings"]["seed"] == seed
+            assert len(served.state_holder.session_data) <= 3
+    finally:
+        served.close()
 
 
 def test_full_queue_says_so(server: str):

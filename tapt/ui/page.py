@@ -26,6 +26,7 @@ from tapt.ui.service import Service
 
 FOLDER = Path(__file__).parent
 MAX_WAITING = 32
+MAX_SESSIONS = 50  # of which gradio keeps the last results; each call of the API is one
 DEFAULT_ATTACK = "pgd"
 QUIET = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
 API_INPUTS = f"""
@@ -86,6 +87,7 @@ def launch_options() -> dict:
         "css": (FOLDER / "style.css").read_text(encoding="utf-8"),
         "js": TAB_LEAVES,
         "run_history": False,
+        "state_session_capacity": MAX_SESSIONS,
         "footer_links": ["api"],
         "max_file_size": MAX_BYTES,
         "share": False,
