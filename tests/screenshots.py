@@ -1,0 +1,87 @@
+"""Makes the README's pictures of the page anew: PYTHONPATH=. python tests/screenshots.py"""
+
+from __future__ import annotations
+
+import io
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from conftest import CHROMIUM_FLAGS, ROOT, TIMEOUT
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+MAX_BYTES = 150_000
+DESKTOP = {"viewport": {"width": 1200, "height": 1360}}
+PHONE = {"viewport": {"width": 390, "height": 1300}, "color_scheme": "dark"}
+
+
+@contextmanager
+def serving() -> Iterator[str]:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}/"
+    with tempfile.TemporaryDirectory() as folder:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--device", "cpu"],
+            cwd=folder,
+        )
+        try:
+            while process.poll() is None:
+                try:
+                    urllib.request.urlopen(url, timeout=5).close()
+                    break
+                except OSError:
+                    time.sleep(0.25)
+            yield url
+        finally:
+            process.terminate()
+            process.wait(20)
+
+
+def run(page: Page, url: str) -> None:
+    page.set_default_timeout(TIMEOUT)
+    page.goto(url)
+    page.locator("#preview img").wait_for()
+    page.locator("#model-line", has_text="Prompts:").wait_for()
+    page.get_by_role("button", name="Run", exact=True).click()
+    page.locator("#status", has_text="Finished").wait_for()
+    page.wait_for_timeout(700)
+
+
+def save(png: bytes, path: Path) -> None:
+    """With a palette, which is enough for a page of few colours."""
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(256).save(path, optimize=True)
+    size = path.stat().st_size
+    print(f"{path.relative_to(ROOT)}: {size / 1000:.0f} kB")
+    if size > MAX_BYTES:
+        raise SystemExit(f"{path.name} must be at most {MAX_BYTES // 1000} kB.")
+
+
+def main() -> None:
+    names = ("chromium", "chromium-browser", "google-chrome")
+    browser_path = next(filter(None, map(shutil.which, names)))
+    folder = ROOT / "tapt" / "ui"
+    with serving() as url, sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path, args=CHROMIUM_FLAGS)
+        page = browser.new_page(**DESKTOP)
+        run(page, url)
+        save(page.screenshot(), folder / "screenshot.png")
+        page = browser.new_page(**PHONE)
+        run(page, url)
+        page.evaluate("document.querySelector('#run').scrollIntoView()")
+        page.wait_for_timeout(300)
+        save(page.screenshot(), folder / "screenshot-phone.png")
+        browser.close()
+
+
+if __name__ == "__main__":
+    main()
