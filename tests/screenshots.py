@@ -20,7 +20,7 @@ from playwright.sync_api import Page, sync_playwright
 
 MAX_BYTES = 150_000
 DESKTOP = {"viewport": {"width": 1200, "height": 1360}}
-PHONE = {"viewport": {"width": 390, "height": 1300}, "color_scheme": "dark"}
+PHONE = {"viewport": {"width": 390, "height": 1580}, "color_scheme": "dark"}
 
 
 @contextmanager
