@@ -192,6 +192,7 @@ def test_sweep_refuses_in_words(server: str, values: dict, message: str):
 
 def test_published_accuracy_is_drawn_per_attack():
     row = {"dataset": "dev", "attack": "pgd", "steps": 20, "n": 100, "clean_accuracy": 0.9}
+    row["ci95"] = [0.25, 0.75]
     rows = [
         {**row, "defense": d, "threat": t, "epsilon_255": e, "accuracy": 0.9 - e / 10}
         for d in ("clip", "tapt", "random-start")
@@ -201,24 +202,31 @@ def test_published_accuracy_is_drawn_per_attack():
     rows.append({**row, "defense": "clip", "threat": "clip", "attack": "cw", "epsilon_255": None})
     shown = render.published(SimpleNamespace(evaluation=rows))
     assert shown.count("<figure") == 2
-    assert "<figcaption>PGD-20 on each defence as deployed (dev)<" in shown
+    assert "<figcaption>PGD-20 on each defence as deployed (dev, n = 100)<" in shown
     assert shown.count("TAPT, 4: 50.0 %") == 2
+    assert shown.count("<td>25.0 % to 75.0 %</td>") == 12
     worst = {**row, "defense": "tapt", "threat": "all", "attack": "worst", "steps": None}
     shown = render.published(
         SimpleNamespace(evaluation=[{**worst, "epsilon_255": 2, "accuracy": 0}])
     )
-    assert "<figcaption>The worst of all attacks for each picture (dev)<" in shown
-    assert "no published accuracy" in render.published(SimpleNamespace(evaluation=[]))
+    assert "<figcaption>The worst of all attacks for each picture (dev, n = 100)<" in shown
+    assert "None yet." in render.published(SimpleNamespace(evaluation=[]))
 
 
 def test_nonsense_in_a_packs_table_is_left_out():
     row = {"dataset": "<b>", "attack": "<i>", "steps": 1, "defense": "tapt", "threat": "clip"}
-    row |= {"epsilon_255": 1, "clean_accuracy": 0.9, "accuracy": 0.5}
-    wrong = ({"accuracy": "high"}, {"epsilon_255": -1}, {"clean_accuracy": None}, {"threat": []})
+    row |= {"epsilon_255": 1, "clean_accuracy": 0.9, "accuracy": 0.5, "ci95": [0.4, 0.6], "n": 9}
+    wrong = (
+        {"accuracy": "high"},
+        {"epsilon_255": -1},
+        {"clean_accuracy": None},
+        {"threat": []},
+        {"n": "9"},
+    )
     rows = [7, {}, *({**row, **change} for change in wrong), {**row, "accuracy": float("nan")}]
-    assert "no published accuracy" in render.published(SimpleNamespace(evaluation=rows))
+    assert "None yet." in render.published(SimpleNamespace(evaluation=rows))
     shown = render.published(SimpleNamespace(evaluation=[*rows, row]))
-    assert "<figcaption>&lt;i&gt;-1 on vanilla CLIP (&lt;b&gt;)<" in shown
+    assert "<figcaption>&lt;i&gt;-1 on vanilla CLIP (&lt;b&gt;, n = 9)<" in shown
 
 
 @pytest.mark.parametrize(

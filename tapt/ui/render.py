@@ -20,7 +20,7 @@ from tapt.losses import kept_views_count
 from tapt.pack import Pack
 from tapt.report import attack_name
 from tapt.sweep import Sweep
-from tapt.ui.chart import line_chart
+from tapt.ui.chart import line_chart, plain_table
 from tapt.ui.known import KINDS
 from tapt.ui.service import Model
 
@@ -391,13 +391,12 @@ def _wrong_at(result: Sweep, answers: Sequence[str]) -> str:
 
 
 def published(pack: Pack) -> str:
-    """The accuracies of a pack's card, a chart for each attack with epsilon."""
+    """The accuracies of a pack's card: a chart for each attack with epsilon, and a table."""
     groups: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    rows = filter(_may_be_drawn, pack.evaluation)
-    for row in sorted(rows, key=lambda row: row["epsilon_255"]):
+    rows = sorted(filter(_may_be_drawn, pack.evaluation), key=lambda row: row["epsilon_255"])
+    for row in rows:
         clean = [(0, row["clean_accuracy"])]
-        name = MODELS.get(row["defense"], (row["defense"],))[0]
-        groups.setdefault(_published_title(row), {}).setdefault(name, clean).append(
+        groups.setdefault(_published_title(row), {}).setdefault(_defense(row), clean).append(
             (row["epsilon_255"], row["accuracy"])
         )
     charts = [
@@ -412,34 +411,57 @@ def published(pack: Pack) -> str:
         )
         for title, series in groups.items()
     ]
-    body = "".join(charts) or "<p>This pack has no published accuracy yet.</p>"
+    body = "".join([*charts, _published_table(rows)] if rows else ["<p>None yet.</p>"])
     return (
         '<section class="t-card t-curves"><h2>Accuracy over many pictures, as published with the '
         f"pack</h2>{body}</section>"
     )
 
 
+def _published_table(rows: Sequence[dict]) -> str:
+    heads = ("Defence", "Attack", "Epsilon", "Clean", "Attacked", "95 % interval")
+    cells = [
+        (
+            _defense(row),
+            _published_title(row),
+            f"{row['epsilon_255']}/255",
+            _percent(row["clean_accuracy"]),
+            _percent(row["accuracy"]),
+            " to ".join(map(_percent, row["ci95"])),
+        )
+        for row in rows
+    ]
+    summary = "<summary>All of them, with 95 % intervals</summary>"
+    return f"<details>{summary}{plain_table(heads, cells)}</details>"
+
+
+def _defense(row: dict) -> str:
+    return MODELS.get(row["defense"], (row["defense"],))[0]
+
+
 def _may_be_drawn(row: object) -> bool:
     """Whether a row has an epsilon and what a chart needs; a pack may come from anybody."""
-    if not isinstance(row, dict):
+    if not isinstance(row, dict) or not isinstance(row.get("ci95"), list) or len(row["ci95"]) != 2:
         return False
-    numbers = (row.get(key) for key in ("epsilon_255", "clean_accuracy", "accuracy"))
+    numbers = [row.get(key) for key in ("epsilon_255", "clean_accuracy", "accuracy")] + row["ci95"]
     texts = (row.get(key) for key in ("dataset", "threat", "attack", "defense"))
-    return all(isinstance(n, (int, float)) and 0 <= n <= 255 for n in numbers) and all(
-        isinstance(text, str) for text in texts
+    return (
+        all(isinstance(n, (int, float)) and 0 <= n <= 255 for n in numbers)
+        and isinstance(row.get("n"), int)
+        and all(isinstance(text, str) for text in texts)
     )
 
 
 def _published_title(row: dict) -> str:
     """The condition of a row of a pack's table, in words."""
-    threat, dataset = row["threat"], _cut(row["dataset"])
+    threat, images = row["threat"], f"{_cut(row['dataset'])}, n = {row['n']}"
     if threat == "all":
-        return f"The worst of all attacks for each picture ({dataset})"
+        return f"The worst of all attacks for each picture ({images})"
     name = ATTACKS[row["attack"]].title if row["attack"] in ATTACKS else row["attack"]
     attack = attack_name({"steps": row.get("steps"), "attack": name})
     own = threat in DEPLOYED_THREATS  # then each row's own defence was attacked
     seen = "each defence as deployed" if own else THREATS.get(threat, (threat,))[0]
-    return f"{attack} on {seen} ({dataset})"
+    return f"{attack} on {seen} ({images})"
 
 
 def _badge(text: str) -> str:
