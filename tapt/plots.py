@@ -63,15 +63,19 @@ def _bars(rows: Sequence[dict]) -> Figure:
 
 
 def _label(row: dict) -> str:
-    return f"{row['threat']}\n{attack_name(row)} {epsilon_name(row)}"
+    return f"{row['threat']}\n{attack_name(row)} {epsilon_name(row)}, n = {row['n']}"
 
 
 def _curves(rows: Sequence[dict]) -> Figure:
-    """One panel per attacked model and attack."""
-    panels: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
-    for row in sorted(rows, key=lambda row: row["epsilon_255"] or 0):
+    """One panel per attacked model and attack; of several rows for a point, that of most images."""
+    points: dict[tuple, dict] = {}
+    for row in sorted(rows, key=lambda row: row["n"]):
         if row["epsilon_255"] is not None:
-            panels[row["threat"], attack_name(row)][row["defense"]].append(row)
+            key = row["threat"], attack_name(row), row["defense"], row["epsilon_255"]
+            points[key] = row
+    panels: dict[tuple, dict[str, list[dict]]] = defaultdict(lambda: defaultdict(list))
+    for row in sorted(points.values(), key=lambda row: row["epsilon_255"]):
+        panels[row["threat"], attack_name(row)][row["defense"]].append(row)
     defenses = list(dict.fromkeys(row["defense"] for row in rows))
     count = max(1, len(panels))
     figure = Figure(figsize=(2 + 2.6 * count, 4), layout="constrained")
