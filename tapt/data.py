@@ -99,7 +99,13 @@ def load_data(source: str, split: str = "test") -> LabelledImages:
 
 
 def _from_class_folders(files, read_bytes: Callable, source: str) -> LabelledImages:
-    files = sorted(f for f in files if f.suffix.lower() in IMAGE_SUFFIXES and len(f.parts) >= 2)
+    files = sorted(
+        f
+        for f in files
+        if f.suffix.lower() in IMAGE_SUFFIXES
+        and len(f.parts) >= 2
+        and not f.name.startswith("._")  # what macOS adds to a zip
+    )
     if not files:
         raise DataError(f"{source!r} has no class folders with images (<class>/<image>.jpg).")
     classes = sorted({f.parent.name for f in files})

@@ -29,8 +29,8 @@ TORCHVISION_SPLITS: dict[str, dict[str, dict]] = {
     "CIFAR10": {"test": {"train": False}, "train": {"train": True}},
     "CIFAR100": {"test": {"train": False}, "train": {"train": True}},
 }
-# class names stand in the order of the labels, whatever the set itself calls them
-BY_POSITION = ("ImageNet", "Flowers102")
+# sets whose own names may be ids: n01440764, or 1 to 102
+NUMBERED = ("ImageNet", "Flowers102")
 SPLIT_NAMES = {
     "DescribableTextures": "DTD",
     "OxfordFlowers": "Flowers102",
@@ -56,8 +56,12 @@ class Benchmark:
         Raises:
             DataError: a name is none of this set's.
         """
-        if self.name in BY_POSITION and len(own) == len(self.classes):
-            return list(self.classes)
+        if tuple(own) == self.classes:  # ImageNet has names that are there twice
+            return list(own)
+        ids = [re.fullmatch(r"n?(\d+)", name) for name in own]
+        if self.name in NUMBERED and len(own) == len(self.classes) and all(ids):
+            numbers = [int(match[1]) for match in ids]
+            return [self.classes[sorted(numbers).index(number)] for number in numbers]
         known = {_key(name): name for name in self.classes}
         renamed = []
         for name in own:
@@ -122,7 +126,7 @@ def from_torchvision(source: str, split: str) -> LabelledImages:
     own = list(getattr(data, "classes", None) or getattr(data, "categories", ()))
     if name == "ImageNet" and len(own) != 1000:
         raise DataError(f"ImageNet has 1,000 classes, these folders have {len(own)}.")
-    if name in BY_POSITION:
+    if name in NUMBERED:  # their labels follow the literature's list, whatever their own names
         own = list(benchmarks()[name].classes)
     images = LabelledImages(
         tuple(own), tuple(int(labels[i]) for i in order), lambda i: data[order[i]][0], name

@@ -33,6 +33,7 @@ def folder(tmp_path: Path) -> Path:
 def test_folder_and_zip_hold_the_same(folder: Path, tmp_path: Path):
     archive = tmp_path / "set.zip"
     with zipfile.ZipFile(archive, "w") as file:
+        file.writestr("__MACOSX/set/cat/._0.png", "not an image")
         for path in sorted(folder.rglob("*.*")):
             file.write(path, path.relative_to(folder))
     one, other = load_data(str(folder)), load_data(str(archive))

@@ -67,11 +67,11 @@ def eurosat(root: Path) -> dict:
 def pets(root: Path) -> dict:
     folder = root / "oxford-iiit-pet"
     rows = ("american_bulldog_1", 2, 30), ("Abyssinian_7", 1, 60), ("english_setter_2", 3, 90)
-    for name, _, red in rows:
-        picture(folder / "images" / f"{name}.jpg", red)
-    test = [f"{name} {label} 1 1" for name, label, _ in rows]
-    lines(folder / "annotations" / "test.txt", *test)
-    lines(folder / "annotations" / "trainval.txt", test[0])
+    for part, suffix, more in (("test", "", 0), ("trainval", "0", 100)):
+        for name, _, red in rows:
+            picture(folder / "images" / f"{name}{suffix}.jpg", red + more)
+        listed = [f"{name}{suffix} {label} 1 1" for name, label, _ in rows]
+        lines(folder / "annotations" / f"{part}.txt", *listed)
     return {"american bulldog": 30, "Abyssinian": 60, "english setter": 90}
 
 
@@ -97,10 +97,10 @@ def food(root: Path) -> dict:
 
 def flowers(root: Path) -> dict:
     folder = root / "flowers-102"
-    for number, red in ((1, 30), (2, 60), (3, 90)):
+    for number, red in ((1, 30), (2, 60), (3, 90), (4, 120)):
         picture(folder / "jpg" / f"image_{number:05d}.jpg", red)
-    savemat(folder / "imagelabels.mat", {"labels": np.array([102, 1, 2])})
-    splits = {"trnid": [3], "valid": [3], "tstid": np.array([1, 2])}
+    savemat(folder / "imagelabels.mat", {"labels": np.array([102, 1, 2, 3])})
+    splits = {"trnid": [3, 4], "valid": [3, 4], "tstid": [1, 2]}
     savemat(folder / "setid.mat", splits)
     return {"blackberry lily": 30, "pink primrose": 60}
 
@@ -187,9 +187,8 @@ def test_cifar(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     expected = cifar(tmp_path, name, monkeypatch)
     data = load_data(f"torchvision:{name}:{tmp_path}")
     assert reds(data) == {own: [red] for own, red in expected.items()}
-    assert (
-        len(load_data(f"torchvision:{name}:{tmp_path}", "train")) == 10 if name == "CIFAR10" else 2
-    )
+    files = {"CIFAR10": 5, "CIFAR100": 1}[name]
+    assert len(load_data(f"torchvision:{name}:{tmp_path}", "train")) == 2 * files
 
 
 def test_the_training_part_is_another_one(tmp_path: Path):
@@ -197,6 +196,25 @@ def test_the_training_part_is_another_one(tmp_path: Path):
     test, train = (load_data(f"torchvision:DTD:{tmp_path}", part) for part in ("test", "train"))
     assert max(red for values in reds(test).values() for red in values) < 60
     assert min(red for values in reds(train).values() for red in values) > 190
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "OxfordIIITPet",
+            {"american bulldog": 130, "Abyssinian": 160, "english setter": 190},
+        ),
+        ("FGVCAircraft", {"F-16A/B": 120}),
+        ("Food101", {"waffles": 20, "apple pie": 90}),
+        ("Flowers102", {"hard-leaved pocket orchid": 90, "canterbury bells": 120}),
+    ],
+)
+def test_training_parts(name: str, expected: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("torchvision.datasets.flowers102.check_integrity", lambda *_: True)
+    LAYOUTS[name](tmp_path)
+    found = reds(load_data(f"torchvision:{name}:{tmp_path}", "train"))
+    assert found == {own: [pytest.approx(red, abs=4)] for own, red in expected.items()}
 
 
 @pytest.mark.parametrize("name", [*LAYOUTS, "CIFAR10"])
@@ -280,6 +298,25 @@ def test_frames_of_ucf101(tmp_path: Path):
     picture(tmp_path / "Dreaming" / "v_1.jpg", 60)
     with pytest.raises(DataError, match="'Dreaming' is not a class of UCF101"):
         load_data(f"UCF101:{tmp_path}")
+
+
+@pytest.mark.parametrize(
+    ("name", "ids"),
+    [
+        ("Flowers102", [str(i) for i in range(1, 103)]),
+        ("ImageNet", [f"n{i:08d}" for i in range(1, 1001)]),
+    ],
+)
+def test_class_folders_go_by_name_or_by_id_never_by_place(name: str, ids: list[str]):
+    """Folders come in the order of the alphabet, the literature's lists do not."""
+    benchmark = benchmarks()[name]
+    by_name = sorted(benchmark.classes)
+    assert list(benchmark.classes) != by_name
+    assert benchmark.rename(by_name) == by_name
+    by_id = sorted(ids)  # 1, 10, 100, ...
+    assert benchmark.rename(by_id) == [benchmark.classes[ids.index(i)] for i in by_id]
+    with pytest.raises(DataError, match=f"is not a class of {name}"):
+        benchmark.rename(ids[:5])
 
 
 def test_class_lists():
