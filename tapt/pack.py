@@ -9,6 +9,7 @@ README.md               the model card
 from __future__ import annotations
 
 import json
+import math
 import os
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -338,6 +339,11 @@ def _read_config(folder: Path, name: str) -> dict:
         if not isinstance(config.get(key), kind):
             raise PackError(f"{CONFIG} of pack {name!r} lacks {key!r}.")
     _check_base_model(config["base_model"], name)
+    for row in config["evaluation"]:
+        if not _is_result(row):
+            raise PackError(
+                f"{CONFIG} of pack {name!r} has an evaluation row that is none: {row!r}."
+            )
     allowed = {f.name for f in fields(TuneConfig)}
     unknown = sorted(set(config["test_time"]) - allowed)
     if unknown:
@@ -353,11 +359,34 @@ def _check_base_model(made: dict, name: str) -> None:
         and isinstance(sizes, dict)
         and set(sizes) == set(ARCHITECTURE)
         and all(isinstance(size, int) and 0 < size < 100_000 for size in sizes.values())
+        and all(_are_numbers(made.get(key), 3, -10, 10) for key in ("mean", "std"))
     ):
         raise PackError(
-            f"{CONFIG} of pack {name!r}: base_model must have source, revision, sha256 and "
-            f"architecture with {', '.join(ARCHITECTURE)}."
+            f"{CONFIG} of pack {name!r}: base_model must have source, revision, sha256, mean and "
+            f"std of three numbers, and architecture with {', '.join(ARCHITECTURE)}."
         )
+
+
+def _are_numbers(values: object, count: int, low: float, high: float) -> bool:
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(isinstance(value, (int, float)) and low <= value <= high for value in values)
+    )
+
+
+def _is_result(row: object) -> bool:
+    """Whether a row has what cards and charts show of it."""
+    if not isinstance(row, dict):
+        return False
+    shares = [row.get("clean_accuracy"), row.get("accuracy")]
+    sizes = [row.get(key) for key in ("epsilon_255", "steps") if row.get(key, 0) is not None]
+    return (
+        all(isinstance(row.get(key), str) for key in ("defense", "threat", "attack"))
+        and _are_numbers(shares, 2, 0, 1)
+        and _are_numbers(row.get("ci95"), 2, 0, 1)
+        and _are_numbers([row.get("n"), *sizes], 1 + len(sizes), 0, math.inf)
+    )
 
 
 def _check_backbone(wanted: dict, backbone: Backbone, name: str) -> None:
@@ -373,6 +402,11 @@ def _check_backbone(wanted: dict, backbone: Backbone, name: str) -> None:
         raise PackError(
             f"Pack {name!r} was made for backbone {right!r}; "
             f"the weights of {backbone.name!r} are different ones."
+        )
+    if any(wanted[key] != base_model(backbone)[key] for key in ("mean", "std")):
+        raise PackError(
+            f"Pack {name!r} was made for backbone {right!r}; "
+            f"{backbone.name!r} normalises its images otherwise."
         )
 
 

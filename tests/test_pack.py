@@ -137,6 +137,16 @@ def test_other_weights(toy: Backbone, folder: Path):
     assert "the weights of 'local-dir:other' are different ones" in message
 
 
+def test_another_normalisation(toy_folder: Path, folder: Path, tmp_path: Path):
+    other = tmp_path / "other"
+    shutil.copytree(toy_folder, other)
+    config = json.loads((other / "open_clip_config.json").read_text())
+    config["preprocess_cfg"]["mean"] = [0.5, 0.5, 0.5]
+    (other / "open_clip_config.json").write_text(json.dumps(config))
+    message = refused(folder, load_backbone(f"local-dir:{other}", device="cpu"))
+    assert "normalises its images otherwise" in message
+
+
 @pytest.mark.parametrize("file", [CONFIG, PROMPTS, STATISTICS])
 def test_a_missing_file(toy: Backbone, folder: Path, file: str):
     (folder / file).unlink()
@@ -178,6 +188,12 @@ CONFIG_CHANGES = {
     "deeper-than-the-backbone": (
         lambda c: c["prompts"].update(visual_depth=4),
         "visual_depth must be at most 3",
+    ),
+    "no-normalisation": (lambda c: c["base_model"].pop("std"), "mean and std of three numbers"),
+    "evaluation-of-another-kind": (lambda c: c.update(evaluation=[5]), "row that is none: 5"),
+    "evaluation-without-numbers": (
+        lambda c: c.update(evaluation=[{"defense": "tapt", "accuracy": 2}]),
+        "evaluation row that is none",
     ),
     "nan": (lambda c: c["test_time"].update(lr=float("nan")), "lr must be a number"),
     "betas": (lambda c: c["test_time"].update(betas=1), "betas must be two numbers"),
