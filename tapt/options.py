@@ -12,6 +12,10 @@ from tapt.backbone import Backbone
 from tapt.pack import Pack, load_model
 from tapt.tuning import TuneConfig
 
+DATA_HELP = (
+    "folder or zip of class folders, NAME:FOLDER, torchvision:NAME[:ROOT], split_zhou_*.json"
+)
+
 
 def fraction(text: str) -> float:
     """`4/255` or `0.0157` as a float."""

@@ -24,6 +24,7 @@ from tapt.errors import InputError, PackError
 from tapt.images import to_float
 from tapt.losses import Statistics, TokenStatistics
 from tapt.options import (
+    DATA_HELP,
     DownloadBar,
     add_backbone_options,
     add_checkpoint_options,
@@ -164,7 +165,7 @@ def gather(moments: Moments) -> Moments:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_backbone_options(parser)
-    parser.add_argument("--data", required=True, help="folder or zip of class folders")
+    parser.add_argument("--data", required=True, help=DATA_HELP)
     parser.add_argument(
         "--adversarial", type=Path, required=True, help="folder with adversarially tuned prompts"
     )
@@ -177,6 +178,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.limit is not None and args.limit < 2:
+        raise InputError(f"--limit must be at least 2, got {args.limit}.")
     state = start_processes(args.device)
     backbone = load_backbone(
         args.backbone,

@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -27,7 +27,13 @@ from tapt.data import LabelledImages, in_memory, load_data
 from tapt.errors import InputError
 from tapt.files import write_file
 from tapt.images import to_float
-from tapt.options import DownloadBar, add_backbone_options, add_checkpoint_options, fraction
+from tapt.options import (
+    DATA_HELP,
+    DownloadBar,
+    add_backbone_options,
+    add_checkpoint_options,
+    fraction,
+)
 from tapt.pack import Pack, base_model, save_pack
 from tapt.processes import save_checkpoint, start_processes
 from tapt.prompts import (
@@ -43,6 +49,7 @@ from tapt.tuning import TuneConfig
 from tapt.views import random_view
 
 CHECKPOINT, LOG = "prompts.ckpt", "train.jsonl"
+MOST_HELD = 1000  # images that a few-shot run keeps for validation
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,10 @@ class TrainConfig:
             if not low <= getattr(self, name) <= high:
                 value = getattr(self, name)
                 raise InputError(f"{name} must be from {low} to {high}, got {value}.")
-        for name in ("epochs", "batch_size", "attack_steps"):
-            if getattr(self, name) < 1:
+        if not 1 / 255 - 1e-9 <= self.epsilon <= 1:
+            raise InputError(f"epsilon must be from 1/255 to 1, got {self.epsilon}.")
+        for name in ("shots", "epochs", "batch_size", "attack_steps"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise InputError(f"{name} must be >= 1, got {getattr(self, name)}.")
         if self.optimizer not in ("sgd", "adamw"):
             raise InputError(f"optimizer must be sgd or adamw, got {self.optimizer!r}.")
@@ -110,7 +119,8 @@ def load_training_data(
     rest = data.subset(order[held_count:].tolist())
     if config.shots is not None:
         rest = rest.balanced(config.shots * len(data.classes), config.seed)
-        held = held.balanced(min(len(held), 4 * config.shots * len(data.classes)), config.seed)
+        most = min(len(held), 4 * config.shots * len(data.classes), MOST_HELD)
+        held = held.balanced(most, config.seed)
     empty = torch.empty(0, 3, backbone.image_size, backbone.image_size, dtype=torch.uint8)
     return TrainingData(
         data.classes,
@@ -299,19 +309,22 @@ def _answers(classifier: Classifier, pixels: Tensor) -> Tensor:
 
 def training_rows(trainer: Trainer, checkpoint: Path, minutes: float) -> Iterator[dict]:
     """Trains to the end, yields one log row per epoch, and keeps the checkpoint fresh."""
-    began = saved = time.time()
+    saved, spent = time.monotonic(), 0.0
     losses: list[float] = []
+    scores: dict[str, float] = {}
     first = trainer.step
     main = trainer.state.is_main_process
     bar = tqdm(
         total=trainer.total, initial=first, unit="step", dynamic_ncols=True, disable=not main
     )
     while trainer.step < trainer.total:
+        began = time.perf_counter()
         losses.append(trainer.train_step())
+        spent += time.perf_counter() - began
         bar.update()
-        bar.set_postfix(loss=f"{sum(losses[-50:]) / len(losses[-50:]):.3f}")
+        told = {"loss": sum(losses[-50:]) / len(losses[-50:]), **scores}
+        bar.set_postfix({name: f"{value:.3f}" for name, value in told.items()})
         if trainer.step % trainer.steps_per_epoch == 0:
-            seconds = time.time() - began
             scores = trainer.validate() if len(trainer.data.held_images) else {}
             if scores:
                 trainer.keep_best(scores)
@@ -321,21 +334,21 @@ def training_rows(trainer: Trainer, checkpoint: Path, minutes: float) -> Iterato
                 "step": trainer.step,
                 "loss": round(sum(losses) / len(losses), 4),
                 **scores,
-                "images_per_second": round(images / seconds, 1),
+                "images_per_second": round(images / spent, 1),
             }
             losses = []
         if main and (
-            trainer.step % trainer.steps_per_epoch == 0 or time.time() - saved > 60 * minutes
+            trainer.step % trainer.steps_per_epoch == 0 or time.monotonic() - saved > 60 * minutes
         ):
             trainer.save(checkpoint)
-            saved = time.time()
+            saved = time.monotonic()
     bar.close()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     default = TrainConfig()
     add_backbone_options(parser)
-    parser.add_argument("--data", required=True, help="folder or zip of class folders")
+    parser.add_argument("--data", required=True, help=DATA_HELP)
     parser.add_argument("--out", type=Path, required=True, help="folder for prompts and log")
     parser.add_argument("--design", default="VLI", choices=("V", "VLI", "VLJ"))
     parser.add_argument("--tokens", type=int, default=2, help="prompt tokens per block")
@@ -358,8 +371,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     names = TrainConfig.__dataclass_fields__
-    config = TrainConfig(**{k: v for k, v in vars(args).items() if k in names})
-    config = replace(config, shots=config.shots or None)
+    given = {k: v for k, v in vars(args).items() if k in names}
+    config = TrainConfig(**{**given, "shots": args.shots or None})
     state = start_processes(args.device)
     backbone = load_backbone(
         args.backbone,
@@ -389,9 +402,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _trim_log(log: Path, step: int) -> None:
-    """Drops rows that a resumed run will write again."""
+    """Drops rows that a resumed run will write again, and one that was cut short."""
     lines = log.read_text(encoding="utf-8").splitlines() if log.exists() else []
-    kept = [line for line in lines if json.loads(line)["step"] <= step]
+    kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
     write_file(log, "".join(line + "\n" for line in kept).encode())
 
 

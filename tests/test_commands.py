@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -18,11 +19,19 @@ from safetensors.torch import load_file
 
 from tapt.__main__ import main
 from tapt.backbone import Backbone
+from tapt.data import LabelledImages
 from tapt.errors import InputError
 from tapt.pack import load_pack
 from tapt.statistics import Checkpoint, empty_moments, token_moments
 from tapt.towers import encode_image
-from tapt.train import CHECKPOINT, LOG
+from tapt.train import (
+    CHECKPOINT,
+    LOG,
+    MOST_HELD,
+    TrainConfig,
+    _trim_log,
+    load_training_data,
+)
 
 CLASSES = ["bird", "cat", "frog"]
 
@@ -138,6 +147,44 @@ def kill_after(arguments: list[str], checkpoint: Path) -> None:
     assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
 
 
+def test_a_log_line_that_was_cut_short_is_dropped(tmp_path: Path):
+    rows = [json.dumps({"epoch": i, "step": 3 * i}) for i in (1, 2, 3)]
+    (tmp_path / LOG).write_text("\n".join([*rows, rows[0][:9]]))
+    _trim_log(tmp_path / LOG, 6)
+    assert (tmp_path / LOG).read_text().splitlines() == rows[:2]
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ("--epsilon 0", "epsilon must be from 1/255 to 1"),
+        ("--shots -1", "shots must be >= 1"),
+        ("--clean-share 2", "clean_share must be from"),
+        ("--depth 9", "visual_depth must be at most 3"),
+    ],
+)
+def test_train_says_what_is_wrong(options, sentence, train_arguments, tmp_path, capsys):
+    assert main([*train_arguments, *options.split(), "--out", str(tmp_path / "out")]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_few_shots_hold_few_images_for_validation(toy: Backbone):
+    """Nothing is both trained on and held out; ImageNet's tenth would fill the memory."""
+    seen = []
+
+    def read(i: int) -> Image.Image:
+        seen.append(i)
+        return Image.new("RGB", (32, 32))
+
+    labels = tuple(i % 30 for i in range(3000))
+    whole = LabelledImages(tuple(map(str, range(30))), labels, read)
+    few = load_training_data(whole, toy, TrainConfig(shots=10, validation=0.5))
+    assert (len(few.images), len(few.held_images)) == (300, MOST_HELD)
+    assert torch.bincount(few.labels).tolist() == [10] * 30
+    assert len(set(seen)) == 300 + MOST_HELD
+
+
 def test_train_killed_and_resumed(train_arguments: list[str], tmp_path: Path):
     long = [*train_arguments, "--epochs", "30"]
     killed, whole = tmp_path / "killed", tmp_path / "whole"
@@ -179,6 +226,33 @@ def test_statistics_refuse_a_checkpoint_of_other_images(toy: Backbone, pack: Pat
     token_moments(toy, prompts, images, checkpoint=checkpoint)
     with pytest.raises(InputError, match="other prompts or images"):
         token_moments(toy, prompts, images + 1, checkpoint=checkpoint)
+
+
+def test_parts_of_statistics_merge_in_any_order(toy: Backbone, pack: Path):
+    """As the processes of `accelerate launch` cut the images."""
+    prompts = load_pack(pack, toy).prompts
+    images = torch.randint(0, 256, (7, 3, 32, 32), dtype=torch.uint8)
+    whole = token_moments(toy, prompts, images)
+    parts = [token_moments(toy, prompts, images, indices=range(i, 7, 3)) for i in range(3)]
+    for a, b, c in itertools.permutations(parts):
+        merged = a.merge(b).merge(c)
+        assert merged.count == whole.count
+        for name in ("mean", "var"):
+            torch.testing.assert_close(
+                getattr(merged.statistics(), name),
+                getattr(whole.statistics(), name),
+                rtol=1e-6,
+                atol=1e-6,
+            )
+
+
+def test_statistics_need_two_images(pack: Path, toy_folder: Path, data: Path, capsys):
+    command = (
+        f"statistics --backbone local-dir:{toy_folder} --data {data} --limit 1 "
+        f"--adversarial {pack} --clean {pack} --out {pack}"
+    )
+    assert main(command.split()) == 2
+    assert "--limit must be at least 2, got 1" in capsys.readouterr().err
 
 
 def test_statistics_in_two_parts_equal_two_passes(toy: Backbone, pack: Path):
