@@ -106,12 +106,13 @@ def test_the_gradient_holds_the_tuned_prompts_constant(toy_folder, pixels, desig
     torch.testing.assert_close(got, expected, atol=1e-12, rtol=1e-8)
 
 
-def test_the_surrogate_is_differentiated_through_its_step(toy_folder, pixels):
+@pytest.mark.parametrize("defense", ["tapt", "ensemble"])
+def test_gradients_through_the_surrogates_step_and_the_ensembles_views(toy_folder, pixels, defense):
     """Against finite differences."""
     backbone = load_backbone(f"local-dir:{toy_folder}", device="cpu", dtype=torch.float64)
-    defender = toy_defender(backbone)
+    defender, smooth = toy_defender(backbone), defense == "tapt"
     images = to_float(pixels[:1], torch.float64)
-    got = gradient(Deployed(defender, "tapt", smooth=True, seed=3), images)
+    got = gradient(Deployed(defender, defense, smooth=smooth, seed=3), images)
     held = gradient(Deployed(defender, "tapt", seed=3), images)
     assert (got - held).abs().max() > 1e-3 * held.abs().max()
     generator = torch.Generator().manual_seed(9)
@@ -119,7 +120,7 @@ def test_the_surrogate_is_differentiated_through_its_step(toy_folder, pixels):
     step = 1e-6
 
     def value(offset: float) -> float:
-        model = Deployed(defender, "tapt", smooth=True, seed=3)
+        model = Deployed(defender, defense, smooth=smooth, seed=3)
         with torch.no_grad():
             return float(model(images + offset * direction)[0, 0])
 

@@ -12,7 +12,7 @@ import torch
 from conftest import TOY_CLASSES
 from PIL import Image
 
-from tapt import adaptive
+from tapt import adaptive, plots
 from tapt import panel as module
 from tapt.__main__ import main
 from tapt.backbone import Backbone
@@ -22,10 +22,12 @@ from tapt.evaluate import OUTCOMES, RESULTS, SETTINGS, read_outcomes
 from tapt.losses import Statistics, TokenStatistics
 from tapt.pack import Pack, base_model, load_pack, save_pack, statistics_shapes
 from tapt.panel import default_batch_size
+from tapt.plots import write_plots
 from tapt.prompts import PromptConfig, init_prompts
 from tapt.report import Outcomes, averages, mcnemar, wilson
 from tapt.tuning import TuneConfig
 
+SIZES = ((1000, 2, 0.3), (200, 2, 0.25), (300, 1, 0.4))  # n, epsilon, accuracy
 TIMES = ("seconds_per_image", "attack_seconds_per_image", "peak_memory_mb")
 
 
@@ -111,6 +113,19 @@ def test_one_row_per_defence_threat_and_epsilon(whole: Path):
     assert settings["test_time"]["views"] == 6
     assert set(settings["versions"]) == {"torch", "open_clip_torch", "torchattacks"}
     assert len(settings["prompts_sha256"]) == 64
+
+
+def test_plots_take_rows_of_several_sizes(tmp_path: Path):
+    row = {"dataset": "set", "threat": "clip", "attack": "pgd", "steps": 20, "defense": "clip"}
+    row |= {"clean_accuracy": 0.8, "clean_ci95": [0.7, 0.9], "ci95": [0.1, 0.5]}
+    rows = [{**row, "n": n, "epsilon_255": e, "accuracy": a} for n, e, a in SIZES]
+    assert write_plots(rows, tmp_path) == ["accuracy-set.png", "epsilon-set.png"]
+    (axes,) = plots._curves(rows).axes
+    points = axes.lines[0].get_xydata().tolist()
+    assert points == [[0, 80], [1, 40], [2, 30]]  # at 2/255 that of 1,000 images
+    labels = [text.get_text() for text in plots._bars(rows).axes[0].get_xticklabels()]
+    assert "clip\npgd-20 2/255, n = 1000" in labels
+    assert "clip\npgd-20 2/255, n = 200" in labels
 
 
 def row_of(out: Path, **wanted: object) -> dict:
