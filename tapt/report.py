@@ -240,7 +240,7 @@ def _head(titles: str) -> list[str]:
 
 
 def averages(rows: Sequence[dict]) -> list[dict]:
-    """Means over the sets, where there are several; the errors of independent sets add up as
+    """Means over the sets, where a row has several, one of each; the errors of independent sets add up as
     squares (Newcombe 1998)."""
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
@@ -266,5 +266,5 @@ def averages(rows: Sequence[dict]) -> list[dict]:
             "ci95": interval(group, "accuracy", "ci95"),
         }
         for group in groups.values()
-        if len(group) > 1
+        if len({row["dataset"] for row in group}) == len(group) > 1
     ]

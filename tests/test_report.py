@@ -41,6 +41,7 @@ def test_the_interval_of_a_mean_over_sets():
     assert uneven["ci95"][0] == pytest.approx(0.25 - (0.5 - low) / 2)
     assert uneven["ci95"][1] == pytest.approx(0.25 + math.hypot(wilson(0, 10)[1], high - 0.5) / 2)
     assert averages(rows[:1]) == []
+    assert averages([row("a", 5, 10), row("a", 50, 100)]) == []  # two subsets of one set
 
 
 def test_the_report_says_how_far_bfloat16_agrees():
