@@ -240,8 +240,8 @@ def _head(titles: str) -> list[str]:
 
 
 def averages(rows: Sequence[dict]) -> list[dict]:
-    """Means over the sets, where a row has several, one of each; the errors of independent sets add up as
-    squares (Newcombe 1998)."""
+    """Means over several sets, one row of each; the errors of independent sets add up as squares
+    (Newcombe 1998)."""
     groups: dict[tuple, list[dict]] = defaultdict(list)
     for row in rows:
         groups[(row["defense"], *(row[key] for key in CONDITION[1:]))].append(row)
