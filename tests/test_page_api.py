@@ -205,6 +205,7 @@ def test_published_accuracy_is_drawn_per_attack():
     assert "<figcaption>PGD-20 on each defence as deployed (dev, n = 100)<" in shown
     assert shown.count("TAPT, 4: 50.0 %") == 2
     assert shown.count("<td>25.0 % to 75.0 %</td>") == 12
+    assert "TAPT from random prompts, 4: 50.0 %" in shown
     worst = {**row, "defense": "tapt", "threat": "all", "attack": "worst", "steps": None}
     shown = render.published(
         SimpleNamespace(evaluation=[{**worst, "epsilon_255": 2, "accuracy": 0}])

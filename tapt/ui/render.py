@@ -436,6 +436,8 @@ def _published_table(rows: Sequence[dict]) -> str:
 
 
 def _defense(row: dict) -> str:
+    if row["defense"] == "random-start":
+        return "TAPT from random prompts"
     return MODELS.get(row["defense"], (row["defense"],))[0]
 
 
