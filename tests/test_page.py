@@ -116,6 +116,8 @@ def test_a_picture_may_be_pasted_or_come_from_the_camera(page: Page):
     expect(preview).to_have_count(0)
     page.get_by_label("Capture from camera").click()
     page.get_by_text("Click to Access Webcam").click()
+    # before the camera has sent a picture, the button takes none
+    page.wait_for_function("[...document.querySelectorAll('video')].some(v => v.videoWidth > 0)")
     page.get_by_label("capture photo").click()
     assert preview.get_attribute("src") != pasted
 
