@@ -286,8 +286,9 @@ def test_damaged_link_opens_the_start_page_with_a_word(page: Page, server: str):
 
 def test_sweep_draws_every_curve_and_can_be_stopped(page: Page):
     page.get_by_role("tab", name="Sweep").click()
+    page.wait_for_timeout(500)  # gradio sets a tab's first values a moment after it has opened
     page.get_by_label("Largest epsilon").fill("4")
-    page.get_by_label("Step").last.fill("2")
+    page.locator("#sweep").get_by_label("Step").fill("2")
     go = page.get_by_role("button", name="Run the sweep")
     go.click()
     expect(page.locator("#sweep-status")).to_contain_text("Finished")
@@ -299,7 +300,7 @@ def test_sweep_draws_every_curve_and_can_be_stopped(page: Page):
     expect(curves).to_contain_text("vanilla CLIP's own answer to the original")
     expect(page.locator("#published")).to_contain_text("published")
     page.get_by_label("Largest epsilon").fill("16")
-    page.get_by_label("Step").last.fill("1")
+    page.locator("#sweep").get_by_label("Step").fill("1")
     go.click()
     expect(curves.locator(".t-line-0 circle")).not_to_have_count(3)  # those of the first run
     page.locator("#sweep .t-stop").click()
