@@ -7,6 +7,7 @@ import concurrent.futures
 import io
 import json
 import pickle
+import platform
 import re
 import subprocess
 import sys
@@ -587,6 +588,34 @@ def test_gpu_function_takes_and_gives_what_can_be_pickled(
     *_, last = handlers.compare(*(values.get(name) for name in inputs.FIELDS))
     assert last[-1]["finished"] is True
     assert FakeSpaces.calls == 1
+
+
+HEAPS = """
+import ctypes, sys, threading
+import app
+if sys.argv[1] == "shared":
+    app._share_heaps()
+together = threading.Barrier(8)
+def work():
+    kept = [bytearray(50_000) for _ in range(20)]
+    together.wait()
+threads = [threading.Thread(target=work) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+libc = ctypes.CDLL("libc.so.6")
+libc.malloc_info(0, ctypes.c_void_p.in_dll(libc, "stdout"))
+libc.fflush(None)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="heaps of glibc")
+def test_threads_of_the_server_share_two_heaps():
+    def heaps(mode: str) -> int:
+        command = [sys.executable, "-c", HEAPS, mode]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.count("<heap nr=")
+
+    assert heaps("shared") <= 2 < heaps("own")
 
 
 def test_a_space_is_set_by_its_variables(monkeypatch: pytest.MonkeyPatch):
