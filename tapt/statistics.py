@@ -95,7 +95,8 @@ class Checkpoint:
         state = torch.load(self.path, weights_only=True)
         if state.pop("fingerprint") != fingerprint:
             raise InputError(
-                f"{self.path.name} belongs to other prompts or images; start anew without --resume."
+                f"{self.path.name} belongs to other prompts, other images or another number of "
+                "processes; use the same again, or start anew without --resume."
             )
         return Moments(**state)
 

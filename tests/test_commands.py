@@ -224,7 +224,7 @@ def test_statistics_refuse_a_checkpoint_of_other_images(toy: Backbone, pack: Pat
     images = torch.zeros(4, 3, 32, 32, dtype=torch.uint8)
     checkpoint = Checkpoint(tmp_path / "part.ckpt", resume=True)
     token_moments(toy, prompts, images, checkpoint=checkpoint)
-    with pytest.raises(InputError, match="other prompts or images"):
+    with pytest.raises(InputError, match="other prompts, other images"):
         token_moments(toy, prompts, images + 1, checkpoint=checkpoint)
 
 
