@@ -17,7 +17,7 @@ THREATS = {
     "defence (the published protocol)",
     "square": "black-box queries to each row's own defence as it is deployed",
     "adaptive": "white-box on each row's own defence as it is deployed",
-    "all": "per image, the worst of all attacks at this epsilon",
+    "all": "per image, the worst of the attacks that the budget names",
 }
 
 

@@ -211,8 +211,24 @@ def test_published_accuracy_is_drawn_per_attack():
     shown = render.published(
         SimpleNamespace(evaluation=[{**worst, "epsilon_255": 2, "accuracy": 0}])
     )
-    assert "<figcaption>The worst of all attacks for each picture (dev, n = 100)<" in shown
+    assert "The worst, for each picture, of the attacks run on it (dev, n = 100)<" in shown
     assert "None yet." in render.published(SimpleNamespace(evaluation=[]))
+
+
+def test_of_many_published_charts_one_for_each_attacked_model_is_open():
+    row = {"dataset": "dev", "attack": "pgd", "defense": "tapt", "ci95": [0.25, 0.75]}
+    row |= {"epsilon_255": 2, "clean_accuracy": 0.9, "accuracy": 0.5}
+    rows = [
+        {**row, "threat": threat, "n": n, "steps": n // 10}
+        for threat in ("clip", "adaptive")
+        for n in (100, 300, 200)
+    ]
+    shown = render.published(SimpleNamespace(evaluation=rows))
+    opened, rest = shown.split("More attacks and epsilons")
+    folded, table = rest.split("All of them")
+    assert opened.count("<figcaption>") == 2 == opened.count("<figcaption>PGD-30 ")
+    assert folded.count("<figcaption>") == 4
+    assert table.count("<tr>") == 7
 
 
 def test_nonsense_in_a_packs_table_is_left_out():

@@ -391,7 +391,8 @@ def _wrong_at(result: Sweep, answers: Sequence[str]) -> str:
 
 
 def published(pack: Pack) -> str:
-    """The accuracies of a pack's card: a chart for each attack with epsilon, and a table."""
+    """The accuracies of a pack's card: a chart for each attack with epsilon, and a table. Of the
+    charts, one for each attacked model is open, that of most pictures."""
     groups: dict[str, dict[str, list[tuple[float, float]]]] = {}
     rows = sorted(filter(_may_be_drawn, pack.evaluation), key=lambda row: row["epsilon_255"])
     for row in rows:
@@ -399,19 +400,27 @@ def published(pack: Pack) -> str:
         groups.setdefault(_published_title(row), {}).setdefault(_defense(row), clean).append(
             (row["epsilon_255"], row["accuracy"])
         )
-    charts = [
-        line_chart(
+    by_pictures = sorted(rows, key=lambda row: row["n"])
+    largest = {row["threat"]: _published_title(row) for row in by_pictures}.values()
+    shown, folded = "", ""
+    for title, series in groups.items():
+        ticks = sorted({x for points in series.values() for x, _ in points})
+        chart = line_chart(
             series,
             title=escape(title),
             x_label="epsilon, 1/255",
-            x_range=(0, max(x for points in series.values() for x, _ in points)),
-            x_ticks=sorted({x for points in series.values() for x, _ in points}),
+            x_range=(0, ticks[-1]),
+            x_ticks=ticks,
             y_max=1,
             show=_percent,
         )
-        for title, series in groups.items()
-    ]
-    body = "".join([*charts, _published_table(rows)] if rows else ["<p>None yet.</p>"])
+        if title in largest:
+            shown += chart
+        else:
+            folded += chart
+    if folded:
+        shown += f"<details><summary>More attacks and epsilons</summary>{folded}</details>"
+    body = shown + _published_table(rows) if rows else "<p>None yet.</p>"
     return (
         '<section class="t-card t-curves"><h2>Accuracy over many pictures, as published with the '
         f"pack</h2>{body}</section>"
@@ -458,7 +467,7 @@ def _published_title(row: dict) -> str:
     """The condition of a row of a pack's table, in words."""
     threat, images = row["threat"], f"{_cut(row['dataset'])}, n = {row['n']}"
     if threat == "all":
-        return f"The worst of all attacks for each picture ({images})"
+        return f"The worst, for each picture, of the attacks run on it ({images})"
     name = ATTACKS[row["attack"]].title if row["attack"] in ATTACKS else row["attack"]
     attack = attack_name({"steps": row.get("steps"), "attack": name})
     own = threat in DEPLOYED_THREATS  # then each row's own defence was attacked
