@@ -1,12 +1,15 @@
-"""`python -m tapt COMMAND`."""
+"""The `tapt` command; also `python -m tapt`."""
 
 from __future__ import annotations
 
 import argparse
-import importlib
+import os
 import sys
+from collections.abc import Sequence
+from importlib import import_module
+from typing import NoReturn
 
-from tapt.errors import TaptError
+from tapt.core.errors import InputError, TaptError
 
 COMMANDS = {
     "predict": "attack one picture and show what vanilla CLIP and TAPT say",
@@ -18,26 +21,51 @@ COMMANDS = {
     "push": "publish a pack on the Hugging Face Hub",
     "convert": "make a pack of a checkpoint of the method's research code",
     "bench": "seconds and memory per image, beside the straightforward path",
+    "demo": "serve the page",
 }
 
 
-def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m tapt", description="TAPT for CLIP.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    argv = sys.argv[1:] if argv is None else argv
-    for name, help_text in COMMANDS.items():
-        command = commands.add_parser(name, help=help_text, description=help_text)
-        if argv[:1] == [name]:  # the other commands' imports are not needed
-            importlib.import_module(f"tapt.{name}").add_arguments(command)
-    args = parser.parse_args(argv)
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, as everything else here does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; its exit status: 0, or 2 beside a sentence that says what is wrong."""
+    # threads that wait for each other at every small operation stop all work on a busy computer
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    argv = sys.argv[1:] if argv is None else list(argv)
+    name = argv[0] if argv and argv[0] in COMMANDS else ""
     try:
-        return importlib.import_module(f"tapt.{args.command}").run(args)
+        if name == "demo":
+            return _demo(argv[1:])
+        parser = Parser(prog="tapt", description="Test-time adversarial prompt tuning for CLIP.")
+        commands = parser.add_subparsers(metavar="COMMAND", required=True)
+        for each, help_text in COMMANDS.items():
+            command = commands.add_parser(each, help=help_text, description=help_text)
+            if each == name:  # the other commands' imports are not needed
+                module = import_module(f"tapt.commands.{name}")
+                module.add_arguments(command)
+        args = parser.parse_args(argv)
+        status: int = module.run(args)
+        return status
     except TaptError as error:
-        print(f"tapt {args.command}: {error}", file=sys.stderr)
-        return 2
+        sentence = str(error)
+    except OSError as error:  # a full disk, say
+        sentence = f"{error.strerror or error}."
     except KeyboardInterrupt:
         print("Stopped.", file=sys.stderr)
         return 130
+    print(f"{f'tapt {name}'.strip()}: {sentence}", file=sys.stderr)
+    return 2
+
+
+def _demo(argv: Sequence[str]) -> int:
+    bars = import_module("tapt.commands.bars")
+    import_module("tapt.ui.serve").main(argv, bars.download_bar())
+    return 0
 
 
 if __name__ == "__main__":

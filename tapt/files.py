@@ -2,15 +2,35 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import stat
 import tempfile
 from pathlib import Path
 
+from tapt.core.errors import InputError
+
+_REASONS = {
+    errno.ENAMETOOLONG: "the name is too long",
+    errno.EACCES: "there is no permission",
+    errno.EROFS: "there is no permission",
+    errno.ENOTDIR: "a part of its path is a file",
+    errno.ENOENT: "its folder does not exist",
+    errno.ENOSPC: "there is no room on the disk",
+}
+
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes aside, then renames: a reader sees the old file or the whole new one."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Writes aside, then renames: a reader sees the old file or the whole new one.
+
+    Raises:
+        InputError: something other than a file has this name; it stays.
+        OSError: the file cannot be written.
+    """
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path.name!r} cannot be written: it is not a regular file.")
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".write-")
     try:
         with os.fdopen(handle, "wb") as file:
             file.write(data)
@@ -19,6 +39,56 @@ def write_file(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def check_output(path: str | os.PathLike, *, folder: bool = False) -> Path:
+    """The path, where a file or folder can be written there; asked before any work begins.
+
+    folder: its parents need not be there.
+
+    Raises:
+        InputError: it cannot be written; the message says why.
+    """
+    what = "folder" if folder else "file"
+    try:
+        target = Path(path).expanduser()
+        reason = _obstacle(target.absolute(), folder) if os.fspath(path) else "the name is empty"
+    except OSError as error:
+        reason = describe(error)
+    except (RuntimeError, ValueError):  # ~nobody, or a NUL
+        reason = "the name is not a path"
+    if reason:
+        raise InputError(f"The {what} {os.fspath(path)!r} cannot be written: {reason}.")
+    return target
+
+
+def _obstacle(target: Path, folder: bool) -> str | None:
+    place = target
+    while not (status := _status(place)):
+        place = place.parent
+    if place == target and not (stat.S_ISDIR if folder else stat.S_ISREG)(status.st_mode):
+        return (
+            "it is a folder"
+            if stat.S_ISDIR(status.st_mode)
+            else "it is not a regular " + ("folder" if folder else "file")
+        )
+    if place not in (target, target.parent) and not folder:
+        return describe(OSError(errno.ENOENT, ""))
+    writable = place if stat.S_ISDIR(status.st_mode) else place.parent
+    allowed = os.access(writable, os.W_OK | os.X_OK)
+    return None if allowed else describe(OSError(errno.EACCES, ""))
+
+
+def _status(path: Path) -> os.stat_result | None:
+    try:
+        return path.stat()
+    except FileNotFoundError:
+        return None
+
+
+def describe(error: OSError) -> str:
+    """Why a file cannot be written, in words without a path."""
+    return _REASONS.get(error.errno or 0, (error.strerror or "an error of the disk").lower())
 
 
 def file_sha256(path: Path) -> str:

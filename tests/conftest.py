@@ -12,21 +12,31 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # toy models lose time on more threads
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 import numpy as np
 import open_clip
 import pytest
 import torch
+from example_defense import FLIPS
 from loopback import LoopbackHub
 from safetensors.torch import save_file
 
-from tapt.backbone import Backbone, load_backbone
+from tapt.core.backbone import Backbone, freeze, pretrained_model
+from tapt.core.clip import PromptedClip
+from tapt.core.losses import Statistics, TokenStatistics
+from tapt.core.prompts import PromptConfig, init_prompts
+from tapt.defenses import Defense, base, register
+from tapt.files import file_sha256
+from tapt.model import Model
+from tapt.packs.format import Pack, base_model
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -89,9 +99,51 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_backbone(tmp_path_factory.mktemp("toy"), toy_config(), weights)
 
 
+def local_backbone(folder: Path, dtype: torch.dtype | None = None) -> Backbone:
+    """What `load_backbone(f"local-dir:{folder}")` gives, by the core alone."""
+    name = f"local-dir:{folder}"
+    model, tokenizer = pretrained_model(name, name)
+    sha256 = file_sha256(folder / "open_clip_model.safetensors")
+    return Backbone(name, freeze(model, "cpu", dtype), tokenizer, name, sha256=sha256)
+
+
 @pytest.fixture(scope="session")
 def toy(toy_folder: Path) -> Backbone:
-    return load_backbone(f"local-dir:{toy_folder}", device="cpu")
+    return local_backbone(toy_folder)
+
+
+def some_statistics(backbone: Backbone, config: PromptConfig) -> Statistics:
+    generator = torch.Generator().manual_seed(4)
+    tokens = backbone.image_tokens + config.tokens
+    shape = backbone.visual_blocks, tokens, backbone.visual_width
+
+    def draw() -> TokenStatistics:
+        mean, var = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)
+        return TokenStatistics(mean, var)
+
+    return Statistics(draw(), draw())
+
+
+def toy_clip(backbone: Backbone, design: str = "VLI", **options: object) -> PromptedClip:
+    """Untrained prompts and made-up statistics for the toy's classes."""
+    prompts = init_prompts(backbone, PromptConfig(design, 2, 3), seed=1)
+    statistics = some_statistics(backbone, prompts.config)
+    return PromptedClip(backbone, prompts, statistics, tuple(TOY_CLASSES), **options)
+
+
+def toy_model(backbone: Backbone, design: str = "VLI", **changes: object) -> Model:
+    """The toy with made-up prompts and statistics; few views. changes: of the pack."""
+    clip, views = toy_clip(backbone, design), {"views": 6, "keep": 0.34}
+    test_time = {"tapt": {**views, "lr": 0.02}, "ensemble": views}
+    pack = Pack(clip.prompts, clip.statistics, test_time, "toy", base_model(backbone))
+    return Model(backbone, replace(pack, **changes))
+
+
+@pytest.fixture
+def flips(monkeypatch: pytest.MonkeyPatch) -> Defense:
+    """The example defence, registered."""
+    monkeypatch.setattr("tapt.defenses.base._REGISTRY", dict(base._REGISTRY))
+    return register(FLIPS)
 
 
 @pytest.fixture

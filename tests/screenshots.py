@@ -4,47 +4,16 @@ from __future__ import annotations
 
 import io
 import shutil
-import socket
-import subprocess
-import sys
 import tempfile
-import time
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from conftest import CHROMIUM_FLAGS, ROOT, TIMEOUT
+from conftest import CHROMIUM_FLAGS, ROOT, TIMEOUT, serving
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 MAX_BYTES = 150_000
 DESKTOP = {"viewport": {"width": 1200, "height": 1360}}
 PHONE = {"viewport": {"width": 390, "height": 1580}, "color_scheme": "dark"}
-
-
-@contextmanager
-def serving() -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    url = f"http://127.0.0.1:{port}/"
-    with tempfile.TemporaryDirectory() as folder:
-        process = subprocess.Popen(
-            [sys.executable, str(ROOT / "app.py"), "--port", str(port), "--device", "cpu"],
-            cwd=folder,
-        )
-        try:
-            while process.poll() is None:
-                try:
-                    urllib.request.urlopen(url, timeout=5).close()
-                    break
-                except OSError:
-                    time.sleep(0.25)
-            yield url
-        finally:
-            process.terminate()
-            process.wait(20)
 
 
 def run(page: Page, url: str) -> None:
@@ -70,7 +39,11 @@ def main() -> None:
     names = ("chromium", "chromium-browser", "google-chrome")
     browser_path = next(filter(None, map(shutil.which, names)))
     folder = ROOT / "tapt" / "ui"
-    with serving() as url, sync_playwright() as playwright:
+    with (
+        tempfile.TemporaryDirectory() as empty,
+        serving(Path(empty)) as url,
+        sync_playwright() as playwright,
+    ):
         browser = playwright.chromium.launch(executable_path=browser_path, args=CHROMIUM_FLAGS)
         page = browser.new_page(**DESKTOP)
         run(page, url)

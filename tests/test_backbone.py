@@ -17,18 +17,16 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from PIL import Image
 
-import tapt.backbone
-from tapt.backbone import (
-    CONFIG_FILE,
-    OPENAI_NAMES,
-    WEIGHTS_FILE,
-    Backbone,
-    default_device,
-    file_sha256,
-    load_backbone,
-)
-from tapt.errors import BackboneError, HubError, InputError
-from tapt.hub import HubId, Origin, Snapshot
+from tapt.core.backbone import Backbone, usable_device
+from tapt.core.errors import BackboneError, HubError, InputError
+from tapt.files import file_sha256
+from tapt.packs import backbones
+from tapt.packs.backbones import CONFIG_FILE, OPENAI_NAMES, WEIGHTS_FILE
+from tapt.packs.hub import HubId, Origin, Snapshot
+
+
+def load_backbone(name: str, **options: object) -> Backbone:
+    return backbones.load_backbone(name, **options)[0]
 
 
 @pytest.fixture
@@ -84,7 +82,7 @@ def test_another_type(toy_folder: Path):
 
 
 def test_the_default_device_is_one_that_is_there():
-    assert torch.zeros(1, device=default_device()).sum() == 0
+    assert torch.zeros(1, device=usable_device()).sum() == 0
 
 
 @pytest.mark.parametrize("file", [CONFIG_FILE, WEIGHTS_FILE])
@@ -147,7 +145,7 @@ def test_absurd_sizes_are_refused_before_anything_is_built(
     copy: Path, tower: str, change: dict, monkeypatch: pytest.MonkeyPatch
 ):
     reconfigure(copy, tower, **change)
-    monkeypatch.setattr(tapt.backbone, "_build", lambda *_: pytest.fail("built"))
+    monkeypatch.setattr(backbones, "pretrained_model", lambda *_: pytest.fail("built"))
     old = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 500_000_000, old[1]))
@@ -183,7 +181,7 @@ def test_position_embeddings_of_another_image_size_are_resized(copy: Path):
     assert load_backbone(f"local-dir:{copy}", device="cpu").image_tokens == 37
 
 
-@pytest.mark.parametrize("name", ["", "ViT-Z-99", "ViT-B-32:no-such-tag", "tiny-clip"])
+@pytest.mark.parametrize("name", ["", "ViT-Z-99", "ViT-B-32:no-such-tag", "tiny-clip", "tiny:x"])
 def test_unknown_names_get_the_choices(name: str):
     with pytest.raises(BackboneError, match="is unknown") as error:
         load_backbone(name)
@@ -213,7 +211,7 @@ def test_towers_that_prompts_cannot_enter(
     def fetch(*_: object) -> None:
         raise AssertionError("fetched before the tower was checked")
 
-    monkeypatch.setattr(tapt.backbone, "snapshot", fetch)
+    monkeypatch.setattr(backbones, "snapshot", fetch)
     monkeypatch.setattr(open_clip, "create_model", fetch)
     with pytest.raises(BackboneError, match="prompts cannot go in") as error:
         load_backbone(name)
@@ -251,9 +249,9 @@ def test_openais_weights_run_with_quick_gelu(
 
     def snapshot(where: HubId, files: dict[str, int], **_: object) -> Snapshot:
         asked.append((where, list(files)))
-        return Snapshot(toy_folder, Origin(where.repo, "c0ffee", 1, False), {})
+        return Snapshot(toy_folder, Origin(where.repo, "c0ffee", 1, False), {WEIGHTS_FILE: ""})
 
-    monkeypatch.setattr(tapt.backbone, "snapshot", snapshot)
+    monkeypatch.setattr(backbones, "snapshot", snapshot)
     backbone = load_backbone(name, revision="main", device="cpu")
     architecture, _, tag = name.partition(":")
     pretrained = open_clip.get_pretrained_cfg(architecture, tag or "openai")
@@ -379,10 +377,20 @@ def test_normalisation_happens_once_and_inside(toy: Backbone):
 
 def test_embedded_folders_are_found_by_name(monkeypatch, toy_folder: Path, tmp_path: Path):
     shutil.copytree(toy_folder, tmp_path / "tiny" / "backbone")
-    monkeypatch.setattr(tapt.backbone, "EMBEDDED", tmp_path)
-    backbone = load_backbone("tiny", device="cpu")
-    assert backbone.name == backbone.source == "tiny"
-    assert backbone.sha256 == file_sha256(toy_folder / WEIGHTS_FILE)
+    monkeypatch.setattr(backbones, "EMBEDDED", tmp_path)
+    shutil.copytree(toy_folder, tmp_path / "small" / "backbone")
+    assert backbones.embedded_backbones() == ["small", "tiny"]
+    for name in ("small", "tiny"):
+        backbone = load_backbone(name, device="cpu")
+        assert backbone.name == backbone.source == name
+        assert backbone.sha256 == file_sha256(toy_folder / WEIGHTS_FILE)
+        assert backbones.is_public(name)
+
+
+def test_a_revision_of_what_has_none(toy_folder: Path):
+    for name in ("tiny", f"local-dir:{toy_folder}", "random:ViT-B-32"):
+        with pytest.raises(BackboneError, match="does not come from the Hub and has no revision"):
+            load_backbone(name, revision="v1")
 
 
 def test_custom_text_towers_are_found(tmp_path: Path):
@@ -396,6 +404,6 @@ def test_custom_text_towers_are_found(tmp_path: Path):
 
 
 def test_a_device_that_is_not_there_is_named(toy_folder: Path):
-    for device in ("abacus", "cuda:99"):
+    for device in ("abacus", "cuda:99", "meta", ""):
         with pytest.raises(BackboneError, match=f"no device '{device}'"):
             load_backbone(f"local-dir:{toy_folder}", device=device)

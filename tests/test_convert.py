@@ -15,13 +15,14 @@ import torch
 from safetensors.torch import load_file
 from test_reference import ENTRIES, PREFIX, SPEC, backbone, close, tensors  # noqa: F401
 
-from tapt.__main__ import main
-from tapt.backbone import Backbone
-from tapt.checkpoint import Placeholder, StoredTensor, read_checkpoint
-from tapt.errors import PackError
-from tapt.pack import load_pack
-from tapt.prompts import class_texts, image_logits
-from tapt.towers import encode_image
+from tapt.core.backbone import Backbone
+from tapt.core.errors import PackError
+from tapt.core.prompts import class_texts, image_logits
+from tapt.core.towers import encode_image
+from tapt.packs.card import write_pack
+from tapt.packs.checkpoint import Placeholder, StoredTensor, read_checkpoint
+from tapt.packs.convert import convert_files
+from tapt.packs.format import Pack, load_pack
 
 STATISTICS = ("means", "vars", "means_clean", "vars_clean")
 
@@ -63,25 +64,29 @@ def save_checkpoint(path: Path, state: dict) -> Path:
 
 @pytest.fixture
 def research(tmp_path: Path, backbone: Backbone):  # noqa: F811
-    """Makes the files of one reference entry, and the command that reads them."""
+    """Makes the files of one reference entry, and what reads them."""
 
-    def make(prefix: str, change=lambda state: None) -> list[str]:
+    def make(prefix: str, change=lambda state: None):
         state = research_state(prefix, backbone)
         change(state)
         save_checkpoint(tmp_path / "model.pth.tar-50", state)
         expected = load_file(PREFIX + ".safetensors")
         for name in STATISTICS:
             torch.save(expected[f"{prefix}target.{name}"], tmp_path / f"{name}.pt")
-        return [
-            "convert",
-            str(tmp_path / "model.pth.tar-50"),
-            *("--design", SPEC[prefix]["design"]),
-            *("--base-model", backbone.name),
-            *("--statistics", *(str(tmp_path / f"{name}.pt") for name in STATISTICS)),
-            *("--out", str(tmp_path / "pack")),
-        ]
+
+        def convert(design: str = SPEC[prefix]["design"]) -> Pack:
+            files = [tmp_path / f"{name}.pt" for name in STATISTICS]
+            return convert_files(tmp_path / "model.pth.tar-50", design, files, backbone)
+
+        return convert
 
     return make
+
+
+def refused(convert, *design: str) -> str:
+    with pytest.raises(PackError) as error:
+        convert(*design)
+    return str(error.value)
 
 
 def entry(design: str) -> str:
@@ -96,7 +101,7 @@ def test_a_converted_pack_gives_the_reference_logits(
     tensors,  # noqa: F811
     tmp_path: Path,
 ):
-    assert main(research(prefix)) == 0
+    write_pack(research(prefix)(), tmp_path / "pack")
     pack = load_pack(tmp_path / "pack", backbone)
     config, spec = pack.prompts.config, SPEC[prefix]
     assert (config.design, config.tokens) == (spec["design"], spec["n_ctx"])
@@ -123,11 +128,11 @@ def half(state: dict) -> None:
         state[f"module.{key}"] = torch.nn.Parameter(state.pop(key).half())
 
 
-def test_half_precision_and_data_parallel_names(research, backbone: Backbone, tmp_path):  # noqa: F811
+def test_half_precision_and_data_parallel_names(research):
     prefix = entry("VLI")
-    assert main(research(prefix, half)) == 0
+    pack = research(prefix, half)()
     original = load_file(PREFIX + ".safetensors")[f"{prefix}prompt.prompt_learner.ctx"]
-    loaded = load_pack(tmp_path / "pack", backbone).prompts.tensors["text"][0]
+    loaded = pack.prompts.tensors["text"][0]
     assert torch.equal(loaded, original.half().float())
 
 
@@ -177,29 +182,26 @@ CHANGES = {
 
 
 @pytest.mark.parametrize("case", CHANGES)
-def test_what_is_wrong_with_a_checkpoint_is_listed(research, tmp_path, capsys, case: str):
+def test_what_is_wrong_with_a_checkpoint_is_listed(research, case: str):
     design, change, sentences = CHANGES[case]
-    assert main(research(entry(design), change)) == 2
-    error = capsys.readouterr().err
+    error = refused(research(entry(design), change))
     assert all(sentence in error for sentence in sentences), error
-    assert not (tmp_path / "pack").exists()
 
 
-def test_a_checkpoint_of_another_design(research, capsys):
-    command = research(entry("VLI"))
-    command[command.index("VLI")] = "VLJ"
-    assert main(command) == 2
-    assert "unknown parameters for design VLJ" in capsys.readouterr().err
+def test_a_checkpoint_of_another_design(research):
+    assert "unknown parameters for design VLJ" in refused(research(entry("VLI")), "VLJ")
 
 
-def test_statistics_of_another_shape(research, tmp_path, capsys):
-    command = research(entry("V"))
+def test_statistics_of_another_shape(research, tmp_path):
+    convert = research(entry("V"))
     torch.save(torch.zeros(4, 17, 128), tmp_path / "vars.pt")
-    assert main(command) == 2
-    assert "adversarial.var must have shape" in capsys.readouterr().err
+    assert "adversarial.var must have shape" in refused(convert)
+    torch.save(
+        load_file(PREFIX + ".safetensors")[f"{entry('V')}target.vars"] - 9, tmp_path / "vars.pt"
+    )
+    assert "adversarial.var has negative values" in refused(convert)
     torch.save({"vars": torch.zeros(4, 17, 128)}, tmp_path / "vars.pt")
-    assert main(command) == 2
-    assert "'vars.pt' is not a file of one tensor" in capsys.readouterr().err
+    assert "'vars.pt' is not a file of one tensor" in refused(convert)
 
 
 class Malice:
@@ -305,8 +307,7 @@ def test_files_that_are_no_checkpoints(tmp_path: Path):
             read_checkpoint(path)
 
 
-def test_a_checkpoint_without_a_state_dict(research, tmp_path, capsys):
-    command = research(entry("V"))
+def test_a_checkpoint_without_a_state_dict(research, tmp_path):
+    convert = research(entry("V"))
     torch.save([1, 2], tmp_path / "model.pth.tar-50")
-    assert main(command) == 2
-    assert "'model.pth.tar-50' has no state_dict" in capsys.readouterr().err
+    assert "'model.pth.tar-50' has no state_dict" in refused(convert)

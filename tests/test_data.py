@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import re
+import struct
 import zipfile
+import zlib
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from tapt.data import in_memory, load_data
-from tapt.errors import DataError
-from tapt.images import to_uint8
+from tapt.core.errors import DataError
+from tapt.core.images import open_image, to_uint8
+from tapt.data import LabelledImages, Pixels, digest, load_data
 
 
 def write_images(folder: Path, counts: dict[str, int]) -> Path:
@@ -25,21 +29,29 @@ def write_images(folder: Path, counts: dict[str, int]) -> Path:
     return folder
 
 
+def zipped(folder: Path, archive: Path, compression: int = zipfile.ZIP_STORED) -> Path:
+    with zipfile.ZipFile(archive, "w", compression) as file:
+        file.writestr("__MACOSX/set/cat/._0.png", "not an image")
+        for path in sorted(folder.rglob("*.*")):
+            file.write(path, path.relative_to(folder))
+    return archive
+
+
+def all_pixels(data: LabelledImages) -> torch.Tensor:
+    return Pixels(data, to_uint8).batch(range(len(data)))
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     return write_images(tmp_path / "set", {"dog": 3, "cat": 5, "frog": 2})
 
 
 def test_folder_and_zip_hold_the_same(folder: Path, tmp_path: Path):
-    archive = tmp_path / "set.zip"
-    with zipfile.ZipFile(archive, "w") as file:
-        file.writestr("__MACOSX/set/cat/._0.png", "not an image")
-        for path in sorted(folder.rglob("*.*")):
-            file.write(path, path.relative_to(folder))
-    one, other = load_data(str(folder)), load_data(str(archive))
+    archive = zipped(folder, tmp_path / "set.zip")
+    one, other = load_data(folder), load_data(str(archive))
     assert one.classes == other.classes == ("cat", "dog", "frog")
     assert one.labels == other.labels
-    assert torch.equal(in_memory(one, to_uint8), in_memory(other, to_uint8))
+    assert torch.equal(all_pixels(one), all_pixels(other))
 
 
 def test_balanced_subset(folder: Path):
@@ -59,16 +71,196 @@ def test_labels_follow_the_images(folder: Path):
         assert image.getpixel((0, 0))[0] == red[data.classes[label]]
 
 
-@pytest.mark.parametrize("source", ["nowhere", "torchvision:Nothing"])
+@pytest.mark.parametrize(
+    "source", ["nowhere", "torchvision:Nothing", "\0", "x" * 5000, "~nobody/set"]
+)
 def test_missing_data(source: str):
-    with pytest.raises(DataError, match=source.split(":")[-1]):
+    words = repr(source.split(":")[-1])[:50]
+    with pytest.raises(DataError, match=re.escape(words)) as error:
         load_data(source)
+    assert len(str(error.value)) < 400
 
 
-def test_empty_and_broken(tmp_path: Path, folder: Path):
-    (tmp_path / "empty").mkdir()
+def test_an_empty_folder(tmp_path: Path):
     with pytest.raises(DataError, match="no class folders"):
-        load_data(str(tmp_path / "empty"))
-    (folder / "cat" / "0.png").write_bytes(b"nothing")
-    with pytest.raises(DataError, match=r"cat/0\.png"):
-        in_memory(load_data(str(folder)), to_uint8)
+        load_data(str(tmp_path))
+
+
+def chunk(kind: bytes, content: bytes) -> bytes:
+    checksum = zlib.crc32(kind + content)
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", checksum)
+
+
+def png(side: int, *chunks: bytes) -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
+    rows = zlib.compress(bytes(side * (3 * side + 1))) if side < 100 else b""
+    return b"\x89PNG\r\n\x1a\n" + header + b"".join(chunks) + chunk(b"IDAT", rows)
+
+
+NAN = Image.new("F", (8, 8), float("nan"))
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"nothing", "not a readable picture"),
+        (png(20_000), "at most 25 megapixels"),
+        (png(8, chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(100_000_000)))), "not a readable"),
+        (NAN, "not finite"),
+        (None, "cannot be read: it is missing"),
+    ],
+)
+def test_a_picture_that_cannot_be_read_is_named(
+    content: bytes | Image.Image | None, words: str, folder: Path
+):
+    path = folder / "cat" / "0.tif"
+    path.write_bytes(content) if isinstance(content, bytes) else NAN.save(path)
+    data = load_data(folder)
+    if content is None:
+        path.unlink()
+    with pytest.raises(DataError, match=r"^cat/0\.tif.*" + words):
+        all_pixels(data)
+
+
+def test_a_picture_is_read_as_for_one_prediction(folder: Path):
+    """Rotated by its EXIF, transparency on white."""
+    path = folder / "cat" / "0.png"
+    picture = Image.new("RGBA", (8, 4), (0, 0, 0, 0))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture.save(path, exif=exif)
+    image = load_data(folder).read(0)
+    assert image.size == (4, 8)
+    assert image.getpixel((0, 0)) == (255, 255, 255)
+    assert image.tobytes() == open_image(path).tobytes()
+
+
+def changed(archive: Path, change: Callable[[bytearray, int], None]) -> None:
+    """Changes bytes of a zip; `change` gets them and where the member cat/0.png starts."""
+    with zipfile.ZipFile(archive) as file:
+        offset = file.getinfo("cat/0.png").header_offset
+    content = bytearray(archive.read_bytes())
+    change(content, offset)
+    archive.write_bytes(content)
+
+
+def set_in_both_headers(content: bytearray, offset: int, place: int, value: int) -> None:
+    """A 16-bit field of the local header, and of the central one, where it stands 2 later."""
+    central = content.index(b"cat/0.png", offset + 60) - 46
+    struct.pack_into("<H", content, offset + place, value)
+    struct.pack_into("<H", content, central + place + 2, value)
+
+
+def damaged(content: bytearray, offset: int) -> None:
+    content[offset + 39 : offset + 60] = b"\xff" * 21
+
+
+@pytest.mark.parametrize(
+    ("compression", "change"),
+    [
+        (zipfile.ZIP_STORED, damaged),  # a bad CRC
+        (zipfile.ZIP_DEFLATED, damaged),
+        (zipfile.ZIP_LZMA, damaged),
+        (zipfile.ZIP_STORED, lambda content, at: set_in_both_headers(content, at, 6, 1)),
+        (zipfile.ZIP_STORED, lambda content, at: set_in_both_headers(content, at, 8, 98)),
+    ],
+    ids=["crc", "stream", "lzma", "encrypted", "unknown method"],
+)
+def test_members_that_cannot_be_unpacked_are_named(
+    compression: int, change: Callable, folder: Path, tmp_path: Path
+):
+    archive = zipped(folder, tmp_path / "set.zip", compression)
+    changed(archive, change)
+    data = load_data(archive)
+    with pytest.raises(DataError, match=r"cat/0\.png in .*set\.zip' cannot be read"):
+        data.read(0)
+    data.read(1)
+
+
+def test_a_damaged_zip(folder: Path, tmp_path: Path):
+    archive = zipped(folder, tmp_path / "set.zip")
+    whole = archive.read_bytes()
+    archive.write_bytes(whole.replace(b"PK\x01\x02", b"PK\x09\x09"))
+    with pytest.raises(DataError, match="damaged zip"):
+        load_data(archive)
+
+
+def test_a_member_that_is_there_twice(folder: Path, tmp_path: Path):
+    archive = zipped(folder, tmp_path / "set.zip")
+    with zipfile.ZipFile(archive, "a") as file, pytest.warns(UserWarning, match="Duplicate"):
+        file.write(folder / "cat" / "1.png", "cat/0.png")
+    with pytest.raises(DataError, match=r"'cat/0\.png' twice"):
+        load_data(archive)
+
+
+def test_parts_are_not_merged(tmp_path: Path):
+    for part in ("train", "test"):
+        write_images(tmp_path / "set" / part, {"cat": 1, "dog": 1})
+    archive = zipped(tmp_path / "set", tmp_path / "set.zip")
+    for source in (tmp_path / "set", archive):
+        with pytest.raises(DataError, match="in parts \\('test', 'train'\\)"):
+            load_data(source)
+    assert load_data(tmp_path / "set" / "test").classes == ("cat", "dog")
+    for part in ("train", "test"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "set" / part / "0.png")
+    with pytest.raises(DataError, match="in parts"):
+        load_data(tmp_path / "set")
+
+
+def test_a_zip_may_hold_one_folder(folder: Path, tmp_path: Path):
+    archive = tmp_path / "set.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for path in folder.rglob("*.png"):
+            file.write(path, path.relative_to(tmp_path))
+    assert load_data(archive).labels == load_data(folder).labels
+
+
+@pytest.mark.parametrize(
+    ("names", "words"),
+    [
+        (["cat", "Cat"], "'Cat' and 'cat' as two classes"),
+        (["hot_dog", "hot dog"], "'hot dog' and 'hot_dog' as two classes"),
+        (["cat"], "one class only, 'cat'"),
+        ([f"c{i}" for i in range(1001)], "1,001 classes: at most 1,000"),
+    ],
+)
+def test_class_lists_that_say_nothing(names: list[str], words: str, tmp_path: Path):
+    archive = tmp_path / "set.zip"
+    with zipfile.ZipFile(archive, "w") as file:
+        for name in names:
+            file.writestr(f"{name}/0.png", "")
+    with pytest.raises(DataError, match=words):
+        load_data(archive)
+
+
+def test_the_digest_knows_names_labels_and_contents(folder: Path, tmp_path: Path):
+    archive = zipped(folder, tmp_path / "set.zip")
+    for source in (folder, archive):
+        data = load_data(source)
+        assert digest(data) == digest(load_data(source))
+        others = [data.subset(range(5)), data.balanced(5), data.subset([1, 0, *range(2, 10)])]
+        assert len({digest(data), *map(digest, others)}) == 4
+    before = digest(load_data(folder)), digest(load_data(archive))
+    Image.new("RGB", (8, 8), "red").save(folder / "cat" / "0.png")
+    zipped(folder, archive)
+    after = digest(load_data(folder)), digest(load_data(archive))
+    (folder / "cat").rename(folder / "car")
+    renamed = digest(load_data(folder))
+    assert len({*before, *after, renamed}) == 5
+
+
+def test_pixels_are_kept_within_bounds(folder: Path):
+    data = load_data(folder)
+    opened: list[int] = []
+
+    def read(i: int) -> Image.Image:
+        opened.append(i)
+        return data.read(i)
+
+    counted = LabelledImages(data.classes, data.labels, read, data.content)
+    few = Pixels(counted, to_uint8, held_bytes=3 * 8 * 8 * 2)
+    expected = all_pixels(data)
+    for _ in range(2):
+        assert torch.equal(few.batch(range(len(data))), expected)
+    assert Counter(opened) == {i: 1 if i < 2 else 2 for i in range(len(data))}

@@ -13,9 +13,8 @@ from PIL import Image
 from scipy.io import savemat
 from torchvision import datasets as theirs
 
-from tapt.data import LabelledImages, load_data
-from tapt.datasets import benchmarks
-from tapt.errors import DataError
+from tapt.core.errors import DataError
+from tapt.data import LabelledImages, benchmarks, digest, load_data
 
 
 def picture(path: Path, red: int) -> None:
@@ -180,6 +179,15 @@ def test_torchvision_sets(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyP
         assert found[own] == [pytest.approx(red, abs=4)]
     assert data.name == name
     assert data.template == benchmarks()[name].template
+    if name != "ImageNet":
+        before = digest(data)
+        for path in tmp_path.rglob("*.jpg"):
+            picture(path, 77)
+        assert digest(data) != before
+        for path in tmp_path.rglob("*.jpg"):
+            path.write_bytes(b"nothing")
+        with pytest.raises(DataError, match=rf"\.jpg of {name}: .* not a readable picture"):
+            data.read(0)
 
 
 @pytest.mark.parametrize("name", ["CIFAR10", "CIFAR100"])
@@ -281,7 +289,13 @@ def test_damaged_split_files_are_explained(split_file: Path):
         (json.dumps({"train": []}), "not a split file"),
         (json.dumps({"test": [["a.jpg", 5, "x"]]}), "count up from 0"),
         (json.dumps({"test": []}), "count up from 0"),
-        (json.dumps({**whole, "test": [["gone.jpg", 0, "x"]]}), "not beside it"),
+        ("[" * 100_000, "not a split file"),
+        (json.dumps({"test": [["a.jpg", 1e999, "x"]]}), "not a split file"),
+        (json.dumps({"test": [["a.jpg", 0, "x"], ["b.jpg", 0, "y"]]}), "label 0 is"),
+        (json.dumps({"test": [["a\0.jpg", 0, "x"], ["b.jpg", 1, "y"]]}), "not a name of a file"),
+        (json.dumps({"test": [["a.jpg", 0, "x"], ["b.jpg", 1, "X"]]}), "as two classes"),
+        (json.dumps({"test": [["a.jpg", 0, "x"]]}), "one class only"),
+        (json.dumps({**whole, "test": [["gone.jpg", 0, "x"], ["b.jpg", 1, "y"]]}), "not beside it"),
     ):
         split_file.write_text(damaged)
         with pytest.raises(DataError, match=words):

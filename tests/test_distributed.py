@@ -1,4 +1,4 @@
-"""`accelerate launch`: two CPU processes do what one does."""
+"""An evaluation under `accelerate launch`: killed, continued, and shared by two processes."""
 
 from __future__ import annotations
 
@@ -12,15 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from conftest import ROOT
 from PIL import Image
-from safetensors.torch import load_file
 
 LAUNCH = (
     "-m accelerate.commands.launch --multi_gpu --num_processes {n} --num_machines 1 "
     "--mixed_precision no --dynamo_backend no --main_process_port 0 -m tapt"
 )
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +28,10 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     random = np.random.RandomState(1)
     for name in ("bird", "cat", "frog"):
         (folder / name).mkdir()
-        for i in range(7):
+        for i in range(2):
             pixels = random.randint(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     return folder
-
-
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
 def command(processes: int, arguments: str) -> list[str]:
@@ -50,23 +46,23 @@ def run(processes: int, arguments: str) -> None:
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr[-2000:]
 
 
-def kill_after_the_first_batch(processes: int, arguments: str, outcomes: Path) -> None:
+def kill_after_the_first_batch(arguments: str, outcomes: Path) -> None:
     """SIGKILL to every process of the command, as soon as there is an outcome."""
     running = subprocess.Popen(
-        command(processes, arguments),
+        command(1, arguments),
         cwd=ROOT,
         env=ENVIRONMENT,
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while not (outcomes.exists() and outcomes.stat().st_size):
         assert running.poll() is None
         assert time.monotonic() < deadline
@@ -77,54 +73,29 @@ def kill_after_the_first_batch(processes: int, arguments: str, outcomes: Path) -
 
 def table(out: Path) -> list[dict]:
     """The rows without what was measured on the clock."""
-    measured = {"seconds_per_image", "attack_seconds_per_image", "peak_memory_mb"}
+    measured = {"seconds_per_image", "attack_seconds_per_image"}
     rows = json.loads((out / "results.json").read_text())["rows"]
     return [{k: v for k, v in row.items() if k not in measured} for row in rows]
-
-
-def test_two_processes_equal_one(data: Path, toy_folder: Path, tmp_path: Path):
-    """Training steps to float tolerance, statistics to 1e-6."""
-    common = f"--backbone local-dir:{toy_folder} --device cpu --data {data}"
-    for processes in (1, 2):
-        out = tmp_path / str(processes)
-        run(
-            processes,
-            f"train {common} --tokens 2 --depth 2 --epsilon 4/255 --shots 0 --epochs 1 "
-            f"--batch-size 5 --lr 0.01 --validation 0.2 --out {out / 'prompts'}",
-        )
-        both = f"--adversarial {tmp_path / '1/prompts'} --clean {tmp_path / '1/prompts'}"
-        run(processes, f"statistics {common} {both} --out {out / 'pack'}")
-    for file, tolerance in (
-        ("prompts/prompts.safetensors", 1e-5),
-        ("pack/statistics.safetensors", 1e-6),
-    ):
-        one, two = load_file(tmp_path / "1" / file), load_file(tmp_path / "2" / file)
-        assert one.keys() == two.keys()
-        for key in one:
-            torch.testing.assert_close(two[key], one[key], rtol=tolerance, atol=tolerance)
 
 
 def test_evaluation_survives_kill_and_other_numbers_of_processes(
     data: Path, toy_folder: Path, tmp_path: Path
 ):
-    """One process to the end, one killed and continued by two, and two to the end."""
+    """One process to the end, and one killed and continued by two in other batches."""
     common = (
         f"evaluate --backbone local-dir:{toy_folder} --device cpu --data {data} --views 6 "
-        "--threats static,adaptive --defenses static,tapt --epsilon 4/255 --steps 1 --eot 1 "
-        "--rescore 2 --limit 6 --batch-size 2"
+        "--attacked static,deployed --defenses static,tapt --epsilon 4/255 --steps 1 --eot 1 "
+        "--rescore 2"
     )
     whole, broken = tmp_path / "whole", tmp_path / "broken"
-    run(1, f"{common} --out {whole}")
+    run(1, f"{common} --batch-size 3 --out {whole}")
     outcomes = broken / "outcomes.jsonl"
-    kill_after_the_first_batch(1, f"{common} --out {broken}", outcomes)
+    kill_after_the_first_batch(f"{common} --batch-size 1 --out {broken}", outcomes)
     first = outcomes.read_bytes()
     assert 0 < len(first) < (whole / "outcomes.jsonl").stat().st_size
     with open(outcomes, "ab") as file:  # as if it had died within a write
         file.write(first.splitlines()[0][:50])
-    run(2, f"{common} --out {broken}")
+    run(2, f"{common} --batch-size 2 --out {broken}")
     assert table(broken) == table(whole)
     assert len(table(whole)) == 2 * (2 + 1)
     assert outcomes.read_bytes().startswith(first)
-    both = tmp_path / "both"
-    run(2, f"{common} --out {both}")
-    assert table(both) == table(whole)

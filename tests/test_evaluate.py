@@ -1,48 +1,53 @@
-"""`python -m tapt evaluate` on the toy CLIP: conditions, rows, interruption, report."""
+"""`tapt.evaluate` on the toy CLIP: conditions, rows, interruption, what is refused."""
 
 from __future__ import annotations
 
+import errno
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import TOY_CLASSES
+from conftest import TOY_CLASSES, toy_model
 from PIL import Image
 
-from tapt import adaptive, plots
-from tapt import panel as module
-from tapt.__main__ import main
-from tapt.backbone import Backbone
-from tapt.data import load_data
-from tapt.defense import make_defender
-from tapt.evaluate import OUTCOMES, RESULTS, SETTINGS, read_outcomes
-from tapt.losses import Statistics, TokenStatistics
-from tapt.pack import Pack, base_model, load_pack, save_pack, statistics_shapes
-from tapt.panel import default_batch_size
-from tapt.plots import write_plots
-from tapt.prompts import PromptConfig, init_prompts
-from tapt.report import Outcomes, averages, mcnemar, wilson
-from tapt.tuning import TuneConfig
+from tapt.core.attacks import Attack
+from tapt.core.backbone import Backbone
+from tapt.core.errors import InputError, PackError
+from tapt.data import LabelledImages, load_data
+from tapt.defenses import deployed
+from tapt.evaluation import Results, check_record, evaluate, record, store
+from tapt.evaluation.evaluator import Evaluator, make_conditions
+from tapt.evaluation.outcomes import Outcome, read_outcomes, to_lines
+from tapt.evaluation.store import OUTCOMES, RESULTS, SETTINGS
+from tapt.model import Model
+from tapt.packs.card import write_pack
+from tapt.packs.format import load_pack
 
-SIZES = ((1000, 2, 0.3), (200, 2, 0.25), (300, 1, 0.4))  # n, epsilon, accuracy
-TIMES = ("seconds_per_image", "attack_seconds_per_image", "peak_memory_mb")
+TIMES = ("seconds_per_image", "attack_seconds_per_image")
+ATTACKS = [Attack("pgd", 2 / 255, 3), Attack("pgd", 200 / 255, 3), Attack("square", 2 / 255, 5)]
+EVERYTHING = {
+    "attacks": ATTACKS,
+    "attacked": ("clip", "static", "deployed"),
+    "draws": 2,
+    "score_draws": 4,
+}
+PGD = Attack("pgd", 2 / 255, 3)
 
 
 @pytest.fixture(autouse=True, scope="module")
 def one_judging_draw():
     """The choice between two attacks is tested elsewhere."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(adaptive, "JUDGING_DRAWS", 1)
+        patch.setattr(deployed, "JUDGING_DRAWS", 1)
         yield
 
 
-@pytest.fixture(scope="session")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("evaluated") / "noise"
-    random = np.random.RandomState(0)
+def write_noise(folder: Path, seed: int = 0) -> Path:
+    random = np.random.RandomState(seed)
     for name in TOY_CLASSES:
         (folder / name).mkdir(parents=True)
         for i in range(2):
@@ -51,370 +56,345 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def write_pack(toy: Backbone, folder: Path, design: str = "VLI") -> Path:
-    prompts = init_prompts(toy, PromptConfig(design, 2, 3), seed=1)
-    generator = torch.Generator().manual_seed(2)
-    shapes = statistics_shapes(toy, prompts.config).values()
-    values = [torch.rand(shape, generator=generator) for shape in shapes]
-    targets = Statistics(TokenStatistics(*values[:2]), TokenStatistics(*values[2:]))
-    config = TuneConfig(views=6, keep=0.34, lr=0.02)
-    save_pack(Pack(prompts, targets, config, "toy", base_model(toy)), folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def pack(toy: Backbone, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_pack(toy, tmp_path_factory.mktemp("pack") / "toy")
-
-
-def arguments(
-    data: object, pack: Path, toy_folder: Path, out: Path, options: str = ""
-) -> list[str]:
-    words = (
-        f"evaluate --data {data} --backbone local-dir:{toy_folder} --device cpu --pack {pack} "
-        f"--steps 3 --batch-size 4 --out {out} {options}"
-    )
-    return words.split()
-
-
-def results(out: Path) -> dict:
-    return json.loads((out / RESULTS).read_text())
-
-
-def untimed(out: Path) -> list[dict]:
-    return [{k: v for k, v in row.items() if k not in TIMES} for row in results(out)["rows"]]
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_noise(tmp_path_factory.mktemp("evaluated") / "noise")
 
 
 @pytest.fixture(scope="module")
-def whole(data, pack, toy_folder, tmp_path_factory) -> Path:
-    """Every threat and defence, two epsilons."""
+def model(toy: Backbone) -> Model:
+    return toy_model(toy)
+
+
+def untimed(results: Results) -> list[dict]:
+    return [{k: v for k, v in row.items() if k not in TIMES} for row in results.rows]
+
+
+@pytest.fixture(scope="module")
+def whole(model, data, tmp_path_factory) -> tuple[Results, Path]:
+    """Every attacked model and defence, two epsilons, in batches of four."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    options = (
-        "--defenses clip,static,ensemble,tapt,random-start --threats clip,static,square,adaptive "
-        "--epsilon 2/255,200/255 --queries 5 --eot 2 --rescore 4"
-    )
-    assert main(arguments(data, pack, toy_folder, out, options)) == 0
-    return out
+    return evaluate(model, data, out=out, batch_size=4, **EVERYTHING), out
 
 
-def test_one_row_per_defence_threat_and_epsilon(whole: Path):
-    rows = results(whole)["rows"]
-    keys = {(r["defense"], r["threat"], r["attack"], r["epsilon_255"]) for r in rows}
-    assert len(rows) == len(keys) == 5 * 2 * (4 + 1)
-    for row in rows:
-        assert row["dataset"] == "noise"
-        assert row["n"] == 6
-        assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
-        assert row["seconds_per_image"] > 0
-        assert row["peak_memory_mb"] > 0
-        assert row["budget"]
-    settings = results(whole)["settings"]
-    assert settings["seed"] == 0
-    assert settings["test_time"]["views"] == 6
-    assert set(settings["versions"]) == {"torch", "open_clip_torch", "torchattacks"}
-    assert len(settings["prompts_sha256"]) == 64
-
-
-def test_plots_take_rows_of_several_sizes(tmp_path: Path):
-    row = {"dataset": "set", "threat": "clip", "attack": "pgd", "steps": 20, "defense": "clip"}
-    row |= {"clean_accuracy": 0.8, "clean_ci95": [0.7, 0.9], "ci95": [0.1, 0.5]}
-    rows = [{**row, "n": n, "epsilon_255": e, "accuracy": a} for n, e, a in SIZES]
-    assert write_plots(rows, tmp_path) == ["accuracy-set.png", "epsilon-set.png"]
-    (axes,) = plots._curves(rows).axes
-    points = axes.lines[0].get_xydata().tolist()
-    assert points == [[0, 80], [1, 40], [2, 30]]  # at 2/255 that of 1,000 images
-    labels = [text.get_text() for text in plots._bars(rows).axes[0].get_xticklabels()]
-    assert "clip\npgd-20 2/255, n = 1000" in labels
-    assert "clip\npgd-20 2/255, n = 200" in labels
-
-
-def row_of(out: Path, **wanted: object) -> dict:
-    (row,) = [r for r in results(out)["rows"] if wanted.items() <= r.items()]
+def row_of(results: Results, **wanted: object) -> dict:
+    (row,) = [row for row in results.rows if wanted.items() <= row.items()]
     return row
 
 
-def test_a_large_epsilon_leaves_nothing(whole: Path):
+def test_one_row_per_defence_attacked_model_and_attack(whole):
+    results, out = whole
+    keys = {
+        (r["defense"], r["attacked_model"], r["attack"], r["epsilon_255"]) for r in results.rows
+    }
+    assert len(results.rows) == len(keys) == 4 * (3 * 3 + 2)  # and the worst at two epsilons
+    for row in results.rows:
+        assert (row["dataset"], row["n"]) == ("noise", 6)
+        assert row["ci95"][0] <= row["accuracy"] <= row["ci95"][1]
+        assert row["seconds_per_image"] > 0
+        assert row["budget"]
+        assert "settings" not in row  # they are the pack's own
+    for name in ("clip", "static", "deployed"):  # queries, whichever model is attacked
+        assert (
+            "5 queries"
+            in row_of(results, defense="tapt", attacked_model=name, attack="square")["budget"]
+        )
+    assert results.settings["test_time"]["tapt"]["views"] == 6
+    assert results.to_dict() == json.loads((out / RESULTS).read_text())
+    assert str(results).splitlines()[0].split()[:2] == ["data", "defence"]
+
+
+def test_a_large_epsilon_leaves_nothing(whole):
+    results, _ = whole
     for name in ("clip", "static"):
-        assert row_of(whole, defense=name, threat=name, epsilon_255=200)["accuracy"] <= 0.17
+        row = row_of(results, defense=name, attacked_model=name, epsilon_255=200)
+        assert row["accuracy"] <= 0.17
     for name in ("clip", "static", "ensemble", "tapt"):
-        row = row_of(whole, defense=name, threat="adaptive", epsilon_255=200)
-        assert row["accuracy"] < row["clean_accuracy"]
+        row = row_of(results, defense=name, attacked_model="deployed", epsilon_255=200)
+        assert row["accuracy"] <= min(0.2, row["clean_accuracy"])
 
 
-def test_rows_can_be_counted_again_from_the_outcomes(whole: Path):
-    records = read_outcomes(whole / OUTCOMES)
-    right = [
-        record["right"]["tapt"]
-        for record in records
-        if record["threat"] == "adaptive"
-        and record["epsilon_255"] == 2
-        and "tapt" in record["right"]
-    ]
+def test_rows_can_be_counted_again_from_the_outcomes(whole):
+    results, out = whole
+    outcomes = read_outcomes(out / OUTCOMES)
+    wanted = ("noise", "deployed", "pgd", 2, 3)
+    right = [o.right["tapt"] for o in outcomes if o.condition == wanted and "tapt" in o.right]
     assert len(right) == 6
     assert set(right) <= {0, 0.25, 0.5, 0.75, 1}
-    row = row_of(whole, defense="tapt", threat="adaptive", epsilon_255=2)
+    row = row_of(results, defense="tapt", attacked_model="deployed", attack="pgd", epsilon_255=2)
     assert row["accuracy"] == pytest.approx(sum(right) / 6)
-    assert "EOT 2, stronger of BPDA and smooth surrogate, scored on 4 fresh draws" in row["budget"]
-    assert "5 queries" in row_of(whole, defense="tapt", threat="square", epsilon_255=2)["budget"]
-    assert max(r["linf_255"] for r in records if r["epsilon_255"] == 2) == 2
-    one_draw = [r["right"] for r in records if r["threat"] == "static"]
+    assert "EOT 2, stronger of BPDA and smooth step, scored on 4 fresh draws" in row["budget"]
+    assert max(o.linf_255 for o in outcomes if o.epsilon_255 == 2) == 2
+    one_draw = [o.right for o in outcomes if o.attacked_model == "static"]
     assert all(share in (0, 1) for r in one_draw for share in r.values())
+    for name, together in (("clip", 4), ("static", 4), ("deployed", 1)):
+        assert {len(o.right) for o in outcomes if o.attacked_model == name} == {together}
 
 
-def test_each_row_of_a_deployed_threat_has_an_attack_of_its_own(whole: Path):
-    records = read_outcomes(whole / OUTCOMES)
-    for threat, together in (("clip", 5), ("static", 5), ("square", 1), ("adaptive", 1)):
-        assert {len(r["right"]) for r in records if r["threat"] == threat} == {together}
-
-
-def test_the_worst_case_is_taken_per_image(whole: Path):
-    records = [r for r in read_outcomes(whole / OUTCOMES) if r["epsilon_255"] == 2]
+def test_the_worst_case_is_taken_per_image(whole):
+    results, out = whole
+    outcomes = [o for o in read_outcomes(out / OUTCOMES) if o.epsilon_255 == 2]
     worst = []
     for image in range(6):
-        seen = [r["right"]["tapt"] for r in records if r["image"] == image and "tapt" in r["right"]]
-        assert len(seen) == 4
-        worst.append(min(seen))
-    row = row_of(whole, defense="tapt", attack="worst", epsilon_255=2)
+        shares = [o.right["tapt"] for o in outcomes if o.image == image and "tapt" in o.right]
+        assert len(shares) == 6
+        worst.append(min(shares))
+    row = row_of(results, defense="tapt", attack="worst", epsilon_255=2)
     assert row["accuracy"] == pytest.approx(sum(worst) / 6)
-    for other in results(whole)["rows"]:
-        if other["defense"] == "tapt" and other["epsilon_255"] == 2:
-            assert row["accuracy"] <= other["accuracy"]
 
 
-def test_the_report_and_its_plots(whole: Path):
-    report = (whole / "report.md").read_text()
-    assert "white-box on each row's own defence" in report
-    assert "pgd-3" in report
+def test_the_report_and_its_plots(whole):
+    results, out = whole
+    report = (out / "report.md").read_text()
+    assert "each row's own defence as it is deployed" in report
     for name in ("accuracy-noise.png", "epsilon-noise.png"):
         assert f"({name})" in report
-        with Image.open(whole / name) as plot:
+        with Image.open(out / name) as plot:
             assert plot.size[0] > 500
             assert len(plot.convert("RGB").getcolors(1 << 20)) > 20
-    pairs = [p for p in results(whole)["paired"] if p["threat"] == "static"]
-    assert len(pairs) == 2 * 10  # two epsilons, pairs of five defences
+    pairs = [p for p in results.paired if p["attacked_model"] == "static"]
+    assert len(pairs) == 3 * 6  # three attacks, pairs of four defences
     assert all(p["difference"] == pytest.approx((p["only_a"] - p["only_b"]) / 6) for p in pairs)
 
 
-def test_an_interruption_goes_on_to_the_same_table(whole, data, pack, toy_folder, tmp_path):
+def test_an_interruption_and_another_batch_size_end_in_the_same_table(whole, model, data, tmp_path):
     """Some batches are there, one in parts, the last line is cut short."""
+    results, done = whole
     out = tmp_path / "out"
     out.mkdir()
-    (out / SETTINGS).write_bytes((whole / SETTINGS).read_bytes())
-    lines = (whole / OUTCOMES).read_bytes().splitlines(keepends=True)
-    (out / OUTCOMES).write_bytes(b"".join(lines[:26]) + lines[26][:40])
-    options = (
-        "--defenses clip,static,ensemble,tapt,random-start --threats clip,static,square,adaptive "
-        "--epsilon 2/255,200/255 --queries 5 --eot 2 --rescore 4"
+    (out / SETTINGS).write_bytes((done / SETTINGS).read_bytes())
+    lines = (done / OUTCOMES).read_bytes().splitlines(keepends=True)
+    (out / OUTCOMES).write_bytes(b"".join(lines[:20]) + lines[20][:40])
+    steps = []
+    again = evaluate(
+        model,
+        data,
+        out=out,
+        batch_size=7,
+        progress=lambda done, total: steps.append((done, total)),
+        **EVERYTHING,
     )
-    assert main(arguments(data, pack, toy_folder, out, options)) == 0
-    assert untimed(out) == untimed(whole)
+    assert untimed(again) == untimed(results)
+    assert steps[0] == (0, len(lines) - 20)
+    assert steps[-1] == (len(lines) - 20,) * 2
 
 
-def test_a_finished_folder_is_not_computed_again(data, pack, toy_folder, tmp_path, monkeypatch):
-    common = arguments(data, pack, toy_folder, tmp_path / "out", "--threats static")
-    assert main(common) == 0
-    before = untimed(tmp_path / "out")
-    monkeypatch.setattr(module.Panel, "records", lambda *_: pytest.fail("computed again"))
-    assert main(common) == 0
-    assert untimed(tmp_path / "out") == before
+def test_a_finished_folder_is_not_computed_again(whole, model, data, monkeypatch):
+    results, out = whole
+    monkeypatch.setattr(Evaluator, "outcomes", lambda *_: pytest.fail("computed again"))
+    assert untimed(evaluate(model, data, out=out, **EVERYTHING)) == untimed(results)
 
 
-def test_a_folder_collects_attacks_and_refuses_other_settings(
-    data, pack, toy_folder, tmp_path, capsys
-):
+def test_a_folder_collects_attacks_and_refuses_other_settings_and_data(model, data, tmp_path):
     out = tmp_path / "out"
-    options = "--defenses static --threats static --epsilon 2/255"
-    assert main(arguments(data, pack, toy_folder, out, f"{options} --attack pgd")) == 0
-    assert main(arguments(data, pack, toy_folder, out, f"{options} --attack apgd,cw")) == 0
-    rows = {row["attack"]: row for row in results(out)["rows"]}
+    few = {"defenses": ["static"], "attacked": "static", "out": out}
+    evaluate(model, data, attacks=PGD, **few)
+    attacks = [Attack("apgd", 2 / 255, 3), Attack("cw", 2 / 255, 3), Attack("cw", 3 / 255, 3)]
+    results = evaluate(model, data, attacks=attacks, **few)
+    rows = {row["attack"]: row for row in results.rows}
     assert set(rows) == {"pgd", "apgd", "cw", "worst"}
     assert rows["cw"]["epsilon_255"] is None
     assert rows["cw"]["l2_median"] is None or rows["cw"]["l2_median"] > 0
     assert "cw" not in rows["worst"]["budget"]
-    capsys.readouterr()
-    assert main(arguments(data, pack, toy_folder, out, f"{options} --seed 1")) == 2
-    assert "other settings (seed)" in capsys.readouterr().err
+    others: list[tuple[object, dict, str]] = [
+        (data, {"seed": 1}, "seed"),
+        (data, {"settings": {"tapt.views": 5}}, "test_time"),
+        (write_noise(tmp_path / "noise", 1), {}, "data_sha256"),  # the same name and counts
+    ]
+    for source, changes, name in others:
+        with pytest.raises(InputError, match=rf"out was started with other settings \({name}\)"):
+            evaluate(model, source, attacks=PGD, **few, **changes)
 
 
-def test_answers_do_not_depend_on_other_defences(data, pack, toy_folder, tmp_path):
-    for name, defenses in (("a", "tapt"), ("b", "clip,tapt")):
-        options = f"--defenses {defenses} --threats static"
-        assert main(arguments(data, pack, toy_folder, tmp_path / name, options)) == 0
-    one, other = (
-        [r["answers"]["tapt"] for r in read_outcomes(tmp_path / name / OUTCOMES)] for name in "ab"
-    )
-    assert one == other
+def test_answers_do_not_depend_on_other_defences(model, data, tmp_path):
+    answers = []
+    for defenses in (["tapt"], ["clip", "tapt"]):
+        out = tmp_path / str(len(defenses))
+        evaluate(model, data, attacks=PGD, attacked="static", defenses=defenses, out=out)
+        answers.append([o.answers["tapt"] for o in read_outcomes(out / OUTCOMES)])
+    assert answers[0] == answers[1]
 
 
-def test_the_seed_and_the_batch_decide(data, pack, toy_folder, tmp_path):
-    sizes = {}
-    for seed in (0, 1):
-        out = tmp_path / str(seed)
-        options = f"--defenses clip --threats clip --seed {seed} --epsilon 8/255"
-        assert main(arguments(data, pack, toy_folder, out, options)) == 0
-        sizes[seed] = [r["l2"] for r in read_outcomes(out / OUTCOMES)]
-    assert sizes[0] != sizes[1]
-
-
-def test_several_sets_with_their_own_templates(toy, toy_folder, tmp_path):
-    folders = []
+def test_several_sets_with_their_own_templates(toy, tmp_path, monkeypatch):
+    sources = []
     for name, classes in (("DTD", ["banded", "woven"]), ("EuroSAT", ["River", "Forest"])):
         for label, own in enumerate(classes):
             path = tmp_path / name / own
             path.mkdir(parents=True)
             Image.new("RGB", (32, 32), (200 * label, 90, 20)).save(path / "0.png")
-        folders.append(f"{name}:{tmp_path / name}")
-    pack = write_pack(toy, tmp_path / "pack", "V")
-    out = tmp_path / "out"
-    options = "--defenses clip,static --threats clip"
-    assert main(arguments(" ".join(folders), pack, toy_folder, out, options)) == 0
-    rows = results(out)["rows"]
-    assert [row["dataset"] for row in rows] == ["DTD", "DTD", "EuroSAT", "EuroSAT"]
-    (mean, _) = averages(rows)
-    assert mean["accuracy"] == pytest.approx((rows[0]["accuracy"] + rows[2]["accuracy"]) / 2)
-    assert "mean of 2" in (out / "report.md").read_text()
-    loaded = load_pack(pack, toy)
-    river = load_data(folders[1])
-    defender = make_defender(toy, loaded, river.classes, template=river.template)
+        sources.append(f"{name}:{tmp_path / name}")
+    clips = []
+    prepare = Model.prepare
+
+    def spy(*args: object, **options: object) -> object:
+        clips.append(prepare(*args, **options))
+        return clips[-1]
+
+    monkeypatch.setattr(Model, "prepare", spy)
+    few = {"attacks": PGD, "attacked": "clip", "defenses": ["clip", "static"]}
+    results = evaluate(toy_model(toy, "V"), sources, out=tmp_path / "out", **few)
+    assert [row["dataset"] for row in results.rows] == ["DTD", "DTD", "EuroSAT", "EuroSAT"]
+    assert "mean of 2" in (tmp_path / "out" / "report.md").read_text()
+    river = load_data(sources[1])
     expected = toy.tokenize([f"a centered satellite photo of {c}." for c in river.classes])
-    assert torch.equal(defender.vanilla.tokens, expected)
-    assert defender.prompted is defender.vanilla  # V speaks the template, too
-    assert main(arguments(f"{folders[0]} {folders[0]}", pack, toy_folder, tmp_path / "twice")) == 2
+    assert torch.equal(clips[1].vanilla_texts.tokens, expected)
+    assert clips[1].texts is clips[1].vanilla_texts  # V speaks the template, too
+    with pytest.raises(InputError, match="Two data sets have the same name"):
+        evaluate(toy_model(toy), [sources[0], sources[0]], **few)
 
 
-def test_recorded_in_the_pack_and_its_card(toy, data, toy_folder, tmp_path):
-    pack = write_pack(toy, tmp_path / "pack")
-    options = "--threats clip,static --attack pgd,cw --record"
-    assert main(arguments(data, pack, toy_folder, tmp_path / "out", options)) == 0
-    loaded = load_pack(pack, toy)
-    assert loaded.evaluation == results(tmp_path / "out")["rows"]
-    card = (pack / "README.md").read_text()
-    assert "pgd-3, 1/255" in card
-    assert "cw-3, L2" in card
-    assert "worst, 1/255" in card
+def test_class_names_that_are_there_twice_stay_two_classes(model):
+    image = Image.new("RGB", (32, 32), "red")
+    names = ("crane", "Crane", "crane", "dog")  # as in ImageNet
+    data = LabelledImages(names, (0, 3), lambda i: image, lambda i: b"%d" % i, "twice")
+    few = {"attacks": PGD, "attacked": "clip", "defenses": ["clip"]}
+    assert evaluate(model, data, **few).settings["classes"] == [4]
 
 
-def test_bfloat16_selects_and_says_how_far_it_agrees(data, pack, toy_folder, tmp_path):
-    options = "--defenses tapt,ensemble --threats static --precision bfloat16"
-    assert main(arguments(data, pack, toy_folder, tmp_path / "out", options)) == 0
-    told = results(tmp_path / "out")["bfloat16"]
-    assert told["n"] == 6
-    assert 0 <= told["top1_agreement"] <= 1
-    assert 0 <= told["largest_probability_difference"] < 0.2
-    assert set(told["seconds_per_image"]) == {"bfloat16", "float32"}
+def test_rows_go_into_the_pack_and_its_card(toy, data, tmp_path):
+    folder = tmp_path / "pack"
+    write_pack(toy_model(toy).pack, folder)
+    pack = load_pack(folder, toy)
+    attacks = [PGD, Attack("cw", steps=3)]
+    model = Model(toy, pack)
+    few = {"attacks": attacks, "defenses": ["static", "tapt"], "attacked": "static"}
+    own = evaluate(model, data, **few)
+    record(pack, own.rows)
+    assert load_pack(folder, toy).evaluation == own.rows
+    card = (folder / "README.md").read_text()
+    assert all(words in card for words in ("pgd-3", "cw-3", "| 2/255 |", "L2"))
+    other = evaluate(model, data, **few, settings={"views": 3, "lr": None})
+    assert [row.get("settings") for row in other.rows[:2]] == [None, {"views": 3}]
+    record(load_pack(folder, toy), other.rows)
+    rows = load_pack(folder, toy).evaluation  # static's are the same rows, TAPT's are others
+    assert len(rows) == len(own.rows) + len(own.rows) // 2
+    (folder / "README.md").write_bytes(b"\xff\xfe")
+    with pytest.raises(PackError, match="not a UTF-8 text"):
+        check_record(pack)
+    with pytest.raises(InputError, match="give one as the pack"):
+        check_record(toy_model(toy).pack)
 
 
-def test_the_coarse_copy_only_encodes_the_views(toy: Backbone):
-    coarse = toy.in_bfloat16()
-    assert coarse.dtype == torch.bfloat16
-    assert toy.dtype == torch.float32
-    defender = make_defender(toy, replace_views(toy), TOY_CLASSES)
-    pixels = torch.randint(0, 256, (2, 3, 32, 32), dtype=torch.uint8)
-    exact = defender.defend(pixels, seeds=[1, 2])
-    rough = replace(defender, coarse=coarse).defend(pixels, seeds=[1, 2])
-    difference = (exact.trace.entropies - rough.trace.entropies).abs().max()
-    assert 0 < difference < 0.1
-    same = (exact.trace.kept == rough.trace.kept).all(1)
-    torch.testing.assert_close(
-        exact.probabilities["tapt"][same], rough.probabilities["tapt"][same], atol=1e-5, rtol=1e-4
-    )
-    assert rough.probabilities["tapt"].dtype == torch.float32
-
-
-def replace_views(toy: Backbone) -> Pack:
-    prompts = init_prompts(toy, PromptConfig("VLI", 2, 3), seed=1)
-    return Pack(prompts, None, TuneConfig(views=6, keep=0.5), "toy", base_model(toy))
+def test_bfloat16_selects_and_says_how_far_it_agrees(model, data, tmp_path):
+    few = {"attacks": PGD, "attacked": "static", "defenses": ["static", "tapt"]}
+    results = evaluate(model, data, selection="bfloat16", out=tmp_path, **few)
+    (entry,) = results.agreement
+    assert (entry["defense"], entry["n"]) == ("tapt", 6)
+    assert 0 <= entry["top1_agreement"] <= 1
+    assert 0 <= entry["largest_probability_difference"] < 0.2
+    assert set(entry["seconds_per_image"]) == {"bfloat16", "float32"}
+    settings = {row["defense"]: row.get("settings") for row in results.rows}
+    assert settings == {"static": None, "tapt": {"selection": "bfloat16"}}
+    assert "an image takes" in (tmp_path / "report.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ("--defenses clip,magic", "'magic' is unknown"),
-        ("--threats rumour", "'rumour' is unknown"),
-        ("--attack pgd,rumour", "'rumour' is unknown"),
-        ("--eot 0", "--eot must be at least 1"),
-        ("--rescore 0", "--rescore must be at least 1"),
-        ("--limit 0", "--limit must be at least 1"),
+        ({"defenses": ["clip", "magic"]}, "'magic' is unknown"),
+        ({"attacked": "rumour"}, "'rumour' is unknown"),
+        ({"attacks": []}, "at least one attack"),
+        ({"attacks": Attack("pgd", step_size=0.1)}, "their own step size"),
+        ({"draws": 0}, "draws must be at least 1, got 0"),
+        ({"score_draws": 0}, "score_draws must be at least 1"),
+        ({"limit": 0}, "limit must be at least 1"),
+        ({"settings": {"views": 0}}, "views must be"),
     ],
 )
-def test_wrong_options_are_refused(options, sentence, data, pack, toy_folder, tmp_path, capsys):
-    assert main(arguments(data, pack, toy_folder, tmp_path / "out", options)) == 2
-    assert sentence in capsys.readouterr().err
+def test_wrong_arguments_are_refused(options, sentence, model, data, tmp_path):
+    with pytest.raises(InputError, match=sentence):
+        evaluate(model, data, **{"attacks": PGD, "out": tmp_path / "out", **options})
     assert not (tmp_path / "out").exists()
 
 
-def test_the_batch_size_follows_the_free_memory(toy: Backbone, monkeypatch):
-    texts = make_defender(toy, replace_views(toy), TOY_CLASSES).prompted
-
-    def size(free: int, processes: int = 1) -> int:
-        memory = type("Memory", (), {"available": free})
-        monkeypatch.setattr(module.psutil, "virtual_memory", lambda: memory)
-        return default_batch_size(toy, TuneConfig(), texts, processes)
-
-    assert size(1) == 1
-    assert size(10**7, 2) < size(10**7) < size(10**12)
-    assert size(10**12) == size(10**15)  # more tokens per pass bring nothing
-
-
-def record(image: int, tapt: float = 0.0, **changes: object) -> dict:
-    return {
-        "dataset": "d",
-        "threat": "static",
-        "attack": "pgd",
-        "epsilon_255": 1,
-        "steps": 5,
-        "image": image,
-        "right": {"tapt": tapt},
-        "seconds": {"tapt": 1.0},
-        "attack_seconds": 2.0,
-        "budget": "5 steps",
-        "l2": 0.5,
-        "peak_memory_mb": 1.0,
-        **changes,
-    }
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        (lambda out: (out / SETTINGS).write_bytes(b"{"), "settings.json in out is damaged"),
+        (lambda out: (out / SETTINGS).write_bytes(b"\xff"), "settings.json in out is damaged"),
+        (lambda out: (out / OUTCOMES).write_text('{"image": 0}\n'), "damaged in line 1: dataset"),
+        (lambda out: [(out / OUTCOMES).unlink(), (out / OUTCOMES).mkdir()], "cannot be read"),
+    ],
+)
+def test_damaged_results_are_a_sentence(
+    damage: Callable[[Path], object], sentence, whole, model, data, tmp_path
+):
+    out = tmp_path / "out"
+    out.mkdir()
+    for name in (SETTINGS, OUTCOMES):
+        (out / name).write_bytes((whole[1] / name).read_bytes())
+    damage(out)
+    with pytest.raises(InputError, match=sentence):
+        evaluate(model, data, out=out, **EVERYTHING)
 
 
-def test_the_later_of_two_outcomes_counts():
-    (row,) = Outcomes([record(0, 0.0), record(1, 1.0), record(0, 1.0)]).rows()
-    assert (row["n"], row["accuracy"]) == (2, 1.0)
+def test_a_full_disk_and_a_file_in_the_way_are_sentences(model, data, tmp_path, monkeypatch):
+    few = {"attacks": PGD, "attacked": "clip", "defenses": ["clip"]}
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(InputError, match=r"file' cannot be written"):
+        evaluate(model, data, out=tmp_path / "file", **few)
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(store, "open", full, raising=False)
+    with pytest.raises(InputError, match="out cannot be written: there is no room on the disk"):
+        evaluate(model, data, out=tmp_path / "out", **few)
 
 
-def test_the_worst_case_covers_the_images_that_met_every_attack():
-    records = [record(i, 1.0) for i in range(4)] + [
-        record(i, float(i > 0), attack="apgd") for i in range(2)
-    ]
-    rows = {row["attack"]: row for row in Outcomes(records).rows()}
-    assert rows["worst"]["n"] == 2
-    assert rows["worst"]["accuracy"] == 0.5
-    assert rows["worst"]["threat"] == "all"
+def test_a_defence_of_somebody_else_is_evaluated(model, data, flips):
+    few = {"attacks": PGD, "attacked": "deployed", "draws": 1, "score_draws": 2}
+    (row,) = evaluate(model, data, defenses=["flips"], limit=3, **few).rows
+    assert (row["defense"], row["n"]) == ("flips", 3)
+    assert row["budget"] == "3 steps, EOT 1, scored on 2 fresh draws"
+    assert "flips" in {r["defense"] for r in evaluate(model, data, attacks=PGD, limit=1).rows}
 
 
-def test_wilson_interval():
-    assert wilson(0, 0) == (0.0, 1.0)
-    low, high = wilson(50, 100)  # by hand from the formula
-    assert low == pytest.approx(0.40383, abs=1e-5)
-    assert high == pytest.approx(0.59617, abs=1e-5)
-    assert wilson(0, 10)[0] == 0.0
-    assert wilson(10, 10)[1] == pytest.approx(1.0)
+def test_old_outcomes_are_read(whole, tmp_path):
+    """Before version 2 the attacked model was called a threat, with other names."""
+    path = tmp_path / OUTCOMES
+    (outcome,) = [
+        o for o in read_outcomes(whole[1] / OUTCOMES) if o.image == 0 and o.attack == "square"
+    ][:1]
+    old = outcome.model_dump() | {"threat": "square", "peak_memory_mb": 1.0}
+    del old["attacked_model"]
+    path.write_text(json.dumps(old) + "\n" + json.dumps({**old, "threat": None}) + "\n")
+    first, second = read_outcomes(path)
+    assert first == outcome.model_copy(update={"attacked_model": "deployed"})
+    assert second.attacked_model is None
+    path.write_bytes(to_lines([first]))
+    assert read_outcomes(path) == [Outcome(**first.model_dump())]
 
 
-def test_mcnemar_by_hand():
-    assert mcnemar(0, 0) == 1.0
-    assert mcnemar(5, 0) == pytest.approx(2 / 32)
-    assert mcnemar(1, 4) == mcnemar(4, 1) == pytest.approx(2 * (1 + 5) / 32)
-    assert mcnemar(3, 3) == 1.0
-    assert mcnemar(400, 100) < 1e-30
+@pytest.mark.parametrize("name", ["pgd", "square"])
+def test_the_draws_that_score_are_neither_the_attacks_nor_its_judges(
+    model, data, name: str, monkeypatch
+):
+    drawn: list[int] = []
+
+    class Noted(deployed.Deployed):
+        def __init__(self, prepared, generators, **options: object) -> None:
+            super().__init__(prepared, generators, **options)
+            drawn.append(self.generators[0].initial_seed())
+
+    monkeypatch.setattr(deployed, "Deployed", Noted)
+    labelled = load_data(data)
+    clip = model.prepare(labelled.classes)
+    evaluator = Evaluator(model, clip, model.prepare_defenses(clip), labelled, 3, 1, 5)
+    _, condition = make_conditions([Attack(name, 8 / 255, 1)], ["deployed"], ["tapt"])
+    scores = set()
+    for image in (0, 1):
+        drawn.clear()
+        (outcome,) = evaluator.outcomes(condition, [image])
+        assert 5 * outcome.right["tapt"] == pytest.approx(round(5 * outcome.right["tapt"]))
+        assert len(set(drawn)) == (3 if name == "pgd" else 2)  # attack, judging, score
+        scores.add(drawn[-1])
+    assert len(scores) == 2
 
 
-def test_paired_differences_by_hand():
-    both = {"tapt": 1.0, "clip": 0.0}
-    records = [
-        record(0, right=both, seconds=both),
-        record(1, right={"tapt": 1.0, "clip": 1.0}, seconds=both),
-        record(2, right={"tapt": 0.0, "clip": 1.0}, seconds=both),
-        record(3, right=both, seconds=both),
-    ]
-    (pair,) = Outcomes(records).paired()
-    assert (pair["a"], pair["b"], pair["only_a"], pair["only_b"]) == ("tapt", "clip", 2, 1)
-    assert pair["difference"] == 0.25
-    assert pair["p_value"] == 1.0
+def test_statistics_belong_to_what_must_agree(model, data, tmp_path):
+    few = {"attacks": PGD, "attacked": "clip", "defenses": ["clip"], "out": tmp_path / "out"}
+    evaluate(model, data, **few)
+    without = Model(model.backbone, replace(model.pack, statistics=None))
+    with pytest.raises(InputError, match="pack_sha256"):
+        evaluate(without, data, **few)

@@ -16,20 +16,20 @@ from test_pack import make_pack
 from test_page import choose, download, finish, unfold
 
 from tapt.__main__ import main
-from tapt.backbone import load_backbone
-from tapt.pack import embedded_packs, load_pack, pack_folder, save_pack
-from tapt.prompts import DESIGNS
+from tapt.packs.backbones import load_backbone
+from tapt.packs.card import write_pack
+from tapt.packs.format import list_packs, load_pack, pack_folder
 
 
 @pytest.fixture
 def folders(tmp_path: Path) -> dict[str, Path]:
     """A pack of every design for the embedded backbone: the embedded ones, else made-up ones."""
-    backbone = load_backbone("tiny", device="cpu")
-    packs = {name: load_pack(name, backbone) for name in embedded_packs("tiny")}
+    backbone, _ = load_backbone("tiny", device="cpu")
+    packs = {name: load_pack(name, backbone) for name in list_packs("tiny")}
     found = {pack.prompts.config.design: pack_folder(name) for name, pack in packs.items()}
-    for design in set(DESIGNS) - set(found):
+    for design in {"V", "VLI", "VLJ"} - set(found):
         found[design] = tmp_path / design
-        save_pack(make_pack(backbone, design), found[design])
+        write_pack(make_pack(backbone, design), found[design])
     return found
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
 
-from tapt.errors import InputError
-from tapt.images import (
+from tapt.core.errors import InputError
+from tapt.core.images import (
     MAX_PIXELS,
     amplified_difference,
     open_image,
@@ -120,6 +121,21 @@ def test_an_animation_gives_its_first_frame(kind: str):
     data = encoded(frames[0], kind, save_all=True, append_images=frames[1:])
     red, green, _ = open_image(data).getpixel((3, 3))
     assert red > 200 > 50 > green
+
+
+def test_values_that_are_not_finite_are_refused():
+    data = encoded(Image.fromarray(np.array([[0.5, np.nan]], dtype=np.float32)), "TIFF")
+    with pytest.raises(InputError, match=r"values that are not finite\.$"):
+        open_image(data)
+
+
+def test_a_huge_text_chunk_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
+    info = PngInfo()
+    info.add_text("comment", "x" * 2_000_000, zip=True)
+    data = encoded(noise(), pnginfo=info)
+    monkeypatch.setattr("PIL.PngImagePlugin.MAX_TEXT_CHUNK", 1_000_000)
+    with pytest.raises(InputError, match="not a readable picture"):
+        open_image(data)
 
 
 def test_one_pixel():

@@ -11,14 +11,17 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from conftest import TOY_CLASSES, toy_config, write_backbone
+from conftest import TOY_CLASSES, local_backbone, toy_config, write_backbone
 from safetensors.torch import load_file, save_file
 
-import tapt.pack
-from tapt.backbone import Backbone, load_backbone
-from tapt.errors import PackError
-from tapt.losses import Statistics, TokenStatistics
-from tapt.pack import (
+from tapt.core.backbone import Backbone
+from tapt.core.errors import PackError
+from tapt.core.losses import Statistics, TokenStatistics
+from tapt.core.prompts import PromptConfig, class_texts, init_prompts
+from tapt.core.tuning import TuneConfig, tune
+from tapt.packs import backbones
+from tapt.packs.card import write_pack
+from tapt.packs.format import (
     CARD,
     CONFIG,
     PROMPTS,
@@ -26,14 +29,29 @@ from tapt.pack import (
     Pack,
     base_model,
     default_pack,
-    embedded_packs,
+    list_packs,
     load_pack,
     save_pack,
     statistics_shapes,
     untrained_pack,
 )
-from tapt.prompts import PromptConfig, class_texts, init_prompts
-from tapt.tuning import TuneConfig, tune
+
+ROW = {
+    "dataset": "CIFAR-10",
+    "defense": "tapt",
+    "attacked_model": "static",
+    "attack": "pgd",
+    "epsilon_255": 1,
+    "steps": 100,
+    "n": 1000,
+    "clean_accuracy": 0.7,
+    "clean_ci95": [0.67, 0.73],
+    "accuracy": 0.5,
+    "ci95": [0.47, 0.53],
+    "budget": "100 steps",
+    "seconds_per_image": 0.2,
+    "attack_seconds_per_image": 1.5,
+}
 
 
 def make_pack(backbone: Backbone, design: str = "VLI") -> Pack:
@@ -46,7 +64,7 @@ def make_pack(backbone: Backbone, design: str = "VLI") -> Pack:
     return Pack(
         prompts,
         Statistics(TokenStatistics(*values[:2]), TokenStatistics(*values[2:])),
-        TuneConfig(views=8, steps=2, lr=1e-3, align_to=2),
+        {"tapt": {"views": 8, "steps": 2, "lr": 1e-3, "align_to": 2}, "ensemble": {"views": 8}},
         "mine",
         base_model(backbone),
         {"epochs": 3},
@@ -55,14 +73,14 @@ def make_pack(backbone: Backbone, design: str = "VLI") -> Pack:
 
 @pytest.fixture
 def folder(toy: Backbone, tmp_path: Path) -> Path:
-    save_pack(make_pack(toy), tmp_path / "mine")
+    write_pack(make_pack(toy), tmp_path / "mine")
     return tmp_path / "mine"
 
 
 @pytest.mark.parametrize("design", ["V", "VLI", "VLJ"])
 def test_a_round_trip_is_bit_exact(toy: Backbone, tmp_path: Path, design: str):
     pack = make_pack(toy, design)
-    save_pack(pack, tmp_path / "new" / "folder")
+    write_pack(pack, tmp_path / "new" / "folder")
     loaded = load_pack(tmp_path / "new" / "folder", toy)
     assert loaded.prompts.config == pack.prompts.config
     assert loaded.test_time == pack.test_time
@@ -88,15 +106,14 @@ def test_a_loaded_pack_tunes_as_the_one_that_was_saved(toy: Backbone, folder: Pa
     logits = []
     for pack in (make_pack(toy), load_pack(folder, toy)):
         texts = class_texts(toy, TOY_CLASSES, pack.prompts.config)
-        tuned = tune(
-            toy, pack.prompts, views, texts, statistics=pack.statistics, config=pack.test_time
-        )
+        config = TuneConfig(**pack.test_time["tapt"])
+        tuned = tune(toy, pack.prompts, views, texts, statistics=pack.statistics, config=config)
         logits.append(tuned.logits)
     assert torch.equal(*logits)
 
 
 def test_prompts_take_the_backbones_type(toy_folder: Path, folder: Path):
-    exact = load_backbone(f"local-dir:{toy_folder}", device="cpu", dtype=torch.float64)
+    exact = local_backbone(toy_folder, torch.float64)
     loaded = load_pack(folder, exact)
     assert {t.dtype for t in loaded.prompts.tensors.values()} == {torch.float64}
 
@@ -124,7 +141,7 @@ def test_another_architecture(toy: Backbone, folder: Path, tmp_path: Path):
     torch.manual_seed(0)
     model = open_clip.CLIP(**config)
     write_backbone(tmp_path / "other", config, dict(model.state_dict()))
-    other = load_backbone(f"local-dir:{tmp_path / 'other'}", device="cpu")
+    other = local_backbone(tmp_path / "other")
     message = refused(folder, other)
     assert repr(toy.name) in message
     assert f"{other.name!r} has another architecture" in message
@@ -143,7 +160,7 @@ def test_another_normalisation(toy_folder: Path, folder: Path, tmp_path: Path):
     config = json.loads((other / "open_clip_config.json").read_text())
     config["preprocess_cfg"]["mean"] = [0.5, 0.5, 0.5]
     (other / "open_clip_config.json").write_text(json.dumps(config))
-    message = refused(folder, load_backbone(f"local-dir:{other}", device="cpu"))
+    message = refused(folder, local_backbone(other))
     assert "normalises its images otherwise" in message
 
 
@@ -173,31 +190,51 @@ def test_a_config_that_is_far_too_large(toy: Backbone, folder: Path):
     assert "larger than 1 MB" in refused(folder, toy)
 
 
+def _row(**changes: object) -> Callable[[dict], None]:
+    row = {key: value for key, value in {**ROW, **changes}.items() if value != "gone"}
+    return lambda config: config.update(evaluation=[ROW, row])
+
+
 CONFIG_CHANGES = {
     "another-format": (lambda c: c.update(format="lora"), '"format": "tapt-pack"'),
-    "another-version": (lambda c: c.update(version=2), "format version 2; this program reads"),
+    "another-version": (lambda c: c.update(version=3), "format version 3; this program reads"),
     "no-version": (lambda c: c.pop("version"), "format version None"),
-    "no-base-model": (lambda c: c.pop("base_model"), "lacks 'base_model'"),
-    "no-prompts": (lambda c: c.pop("prompts"), "lacks 'prompts'"),
-    "prompts-of-another-kind": (lambda c: c.update(prompts=[1]), "lacks 'prompts'"),
-    "no-test-time": (lambda c: c.pop("test_time"), "lacks 'test_time'"),
-    "unknown-prompt-key": (lambda c: c["prompts"].update(depth=9), "depth"),
-    "unknown-test-time-key": (lambda c: c["test_time"].update(momentum=1), "['momentum']"),
+    "version-true": (lambda c: c.update(version=True), "format version True"),
+    "no-base-model": (lambda c: c.pop("base_model"), "base_model is missing"),
+    "no-prompts": (lambda c: c.pop("prompts"), "prompts is missing"),
+    "prompts-of-another-kind": (lambda c: c.update(prompts=[1]), "prompts must be an object"),
+    "no-test-time": (lambda c: c.pop("test_time"), "test_time is missing"),
+    "settings-of-another-kind": (lambda c: c["test_time"].update(tapt=5), "test_time.tapt must be"),
+    "unknown-key": (lambda c: c.update(licence="mit"), "licence is unknown"),
+    "unknown-prompt-key": (lambda c: c["prompts"].update(depth=9), "depth is unknown"),
+    "unknown-base-key": (lambda c: c["base_model"].update(url="x"), "base_model.url is unknown"),
     "unknown-design": (lambda c: c["prompts"].update(design="W"), "design must be one of V"),
     "context-of-another-kind": (lambda c: c["prompts"].update(context=5), "context must be text"),
     "deeper-than-the-backbone": (
         lambda c: c["prompts"].update(visual_depth=4),
         "visual_depth must be at most 3",
     ),
-    "no-normalisation": (lambda c: c["base_model"].pop("std"), "mean and std of three numbers"),
-    "evaluation-of-another-kind": (lambda c: c.update(evaluation=[5]), "row that is none: 5"),
-    "evaluation-without-numbers": (
-        lambda c: c.update(evaluation=[{"defense": "tapt", "accuracy": 2}]),
-        "evaluation row that is none",
+    "no-normalisation": (lambda c: c["base_model"].pop("std"), "base_model.std is missing"),
+    "two-colours": (
+        lambda c: c["base_model"].update(std=[1.0, 1.0]),
+        "base_model.std must be three numbers from -10 to 10, got [1.0, 1.0]",
     ),
-    "nan": (lambda c: c["test_time"].update(lr=float("nan")), "lr must be a number"),
-    "betas": (lambda c: c["test_time"].update(betas=1), "betas must be two numbers"),
-    "text-for-a-number": (lambda c: c["test_time"].update(views="64"), "views must be a whole"),
+    "size": (
+        lambda c: c["base_model"]["architecture"].update(text_width="x"),
+        "base_model.architecture.text_width must be a whole number from 1 to 99999, got 'x'",
+    ),
+    "nan": (lambda c: c["test_time"]["tapt"].update(lr=float("nan")), "is not valid JSON"),
+    "evaluation-of-another-kind": (
+        lambda c: c.update(evaluation=[5]),
+        "must be an object for each row, got 5",
+    ),
+    "row-without-a-field": (_row(budget="gone"), "evaluation[1].budget is missing"),
+    "row-of-infinite-images": (_row(n=float("inf")), "is not valid JSON"),
+    "row-of-no-images": (_row(n=0), "evaluation[1].n must be a whole number from 1 to"),
+    "row-of-half-an-image": (_row(n=1.5), "evaluation[1].n must be a whole number from 1 to"),
+    "row-above-all": (_row(accuracy=2), "evaluation[1].accuracy must be a number from 0 to 1"),
+    "row-with-one-end": (_row(ci95=[0.5]), "evaluation[1].ci95 must be two numbers from 0 to 1"),
+    "row-on-nothing": (_row(attacked_model="me"), "attacked_model must be one of clip, static"),
 }
 
 
@@ -208,6 +245,38 @@ def test_a_malformed_config(toy: Backbone, folder: Path, change: str):
     message = refused(folder, toy)
     assert expected in message
     assert str(folder) in message
+
+
+def test_version_1_is_read_as_version_2(toy: Backbone, folder: Path):
+    def older(config: dict) -> None:
+        config.update(version=1, test_time={"views": 8, "keep": 0.2, "lr": 1e-3})
+        rows = [
+            {**ROW, "threat": "clip", "peak_memory_mb": 900.5},
+            {**ROW, "threat": "square", "defense": "random-start"},
+            {**ROW, "threat": "adaptive"},
+            {**ROW, "threat": "all", "budget": "pgd on adaptive (9 steps); square on square (9)"},
+        ]
+        config["evaluation"] = [{k: v for k, v in r.items() if k != "attacked_model"} for r in rows]
+
+    edit_config(folder, older)
+    pack = load_pack(folder, toy)
+    tapt = {"views": 8, "keep": 0.2, "lr": 1e-3}
+    assert pack.test_time == {"tapt": tapt, "ensemble": {"views": 8, "keep": 0.2}}
+    assert pack.evaluation == [
+        {**ROW, "attacked_model": "clip"},
+        {**ROW, "attacked_model": "deployed", "settings": {"random_start": True}},
+        {**ROW, "attacked_model": "deployed"},
+        {
+            **ROW,
+            "attacked_model": "all",
+            "budget": "pgd on deployed (9 steps); square on deployed (9)",
+        },
+    ]
+    save_pack(pack, folder)
+    assert json.loads((folder / CONFIG).read_text())["version"] == 2
+    assert load_pack(folder, toy).evaluation == pack.evaluation
+    edit_config(folder, lambda c: (older(c), c["evaluation"][2].pop("threat")))
+    assert "evaluation[2].attacked_model is missing" in refused(folder, toy)
 
 
 def _shape(tensors: dict) -> None:
@@ -252,6 +321,12 @@ def test_wrong_statistics(toy: Backbone, folder: Path):
     assert STATISTICS in message
 
 
+def test_negative_variances(toy: Backbone, folder: Path):
+    edit_tensors(folder / STATISTICS, lambda t: t["clean.var"][0, 0, :1].fill_(-1e-3))
+    assert f"{STATISTICS} of pack" in (message := refused(folder, toy))
+    assert "clean.var has negative values" in message
+
+
 @pytest.mark.parametrize("file", [PROMPTS, STATISTICS])
 @pytest.mark.parametrize("kept", [0, 20, -4])
 def test_truncated_safetensors(toy: Backbone, folder: Path, file: str, kept: int):
@@ -271,14 +346,14 @@ def test_a_failed_save_leaves_the_old_files(
 
     monkeypatch.setattr("os.replace", fail)
     with pytest.raises(OSError, match="No space left"):
-        save_pack(make_pack(toy, "V"), folder)
+        write_pack(make_pack(toy, "V"), folder)
     monkeypatch.undo()
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert load_pack(folder, toy).prompts.config.design == "VLI"
 
 
 def test_prompts_without_statistics_do_not_keep_older_ones(toy: Backbone, folder: Path):
-    save_pack(replace(make_pack(toy), statistics=None), folder)
+    write_pack(replace(make_pack(toy), statistics=None), folder)
     assert {path.name for path in folder.iterdir()} == {CONFIG, PROMPTS}
     assert f"has no {STATISTICS}" in refused(folder, toy)
     alone = load_pack(folder, toy, statistics=False)
@@ -286,41 +361,39 @@ def test_prompts_without_statistics_do_not_keep_older_ones(toy: Backbone, folder
     assert torch.equal(alone.prompts.tensors["text"], make_pack(toy).prompts.tensors["text"])
 
 
-def test_the_card_names_backbone_and_design(toy: Backbone, folder: Path):
-    card = (folder / CARD).read_text()
-    assert card.startswith("---\n")
-    assert "library_name: tapt" in card
-    assert "TAPT-VLI" in card
-    assert toy.source in card
-
-
 def test_new_numbers_leave_what_people_wrote_into_the_card(toy: Backbone, folder: Path):
     card = folder / CARD
     card.write_text(card.read_text() + "\n## Notes\n\nThe views defend.\n")
-    row = {"defense": "tapt", "threat": "static", "attack": "pgd", "epsilon_255": 1, "steps": 20}
-    row |= {"n": 10, "clean_accuracy": 0.7, "accuracy": 0.5, "ci95": [0.2, 0.8]}
-    same_clean = {**row, "epsilon_255": 2, "accuracy": 0.3}
-    save_pack(replace(make_pack(toy), evaluation=[row, same_clean]), folder)
+    same_clean = {**ROW, "epsilon_255": 2, "accuracy": 0.3}
+    write_pack(replace(make_pack(toy), evaluation=[ROW, same_clean]), folder)
     written = card.read_text()
     assert written.endswith("\n## Notes\n\nThe views defend.\n")
     assert written.count("clean accuracy (tapt)") == 1
-    assert "accuracy under pgd-20 2/255 on static (tapt)" in written
-    save_pack(replace(make_pack(toy), evaluation=[row]), folder)
+    assert "accuracy under pgd-100 2/255 on static (tapt)" in written
+    write_pack(replace(make_pack(toy), evaluation=[ROW]), folder)
     assert card.read_text().count("The views defend.") == 1
+
+
+def test_a_card_that_is_no_text_stops_before_anything_is_written(toy: Backbone, folder: Path):
+    (folder / CARD).write_bytes("## Notizen für später".encode("latin-1"))
+    before = (folder / PROMPTS).read_bytes()
+    with pytest.raises(PackError, match=r"README\.md in 'mine' is not a UTF-8 text"):
+        write_pack(make_pack(toy, "V"), folder)
+    assert (folder / PROMPTS).read_bytes() == before
 
 
 def test_embedded_packs(toy: Backbone, folder: Path, tmp_path, monkeypatch: pytest.MonkeyPatch):
     embedded = tmp_path / "embedded"
     tiny = replace(toy, name="tiny")
     (embedded / "tiny" / "backbone").mkdir(parents=True)
-    monkeypatch.setattr(tapt.pack, "EMBEDDED", embedded)
-    assert embedded_packs("tiny") == []
+    monkeypatch.setattr(backbones, "EMBEDDED", embedded)
+    assert list_packs("tiny") == []
     assert not default_pack(tiny).trained
     shutil.copytree(folder, embedded / "tiny" / "v")
     assert default_pack(tiny).name == "tiny/v"
     shutil.copytree(folder, embedded / "tiny" / "vli")
-    assert embedded_packs("tiny") == ["tiny/v", "tiny/vli"]
-    assert embedded_packs("ViT-B-16") == []
+    assert list_packs() == list_packs("tiny") == ["tiny/v", "tiny/vli"]
+    assert list_packs("ViT-B-16") == []
     assert default_pack(tiny).name == "tiny/vli"
     (tmp_path / "tiny" / "v").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
@@ -335,5 +408,5 @@ def test_untrained_prompts_fit_any_backbone(toy: Backbone, design: str):
     assert not pack.trained
     assert pack.statistics is None
     assert (pack.prompts.config.tokens, pack.prompts.config.visual_depth) == (2, 3)
-    assert pack.test_time == TuneConfig()
+    assert pack.test_time == {}
     assert pack.base_model["sha256"] == toy.sha256

@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import reference_weights, write_backbone
+from conftest import local_backbone, reference_weights, write_backbone
 from safetensors.torch import load_file
 
-from tapt.backbone import Backbone, load_backbone
-from tapt.convert import from_research, research_names
-from tapt.losses import Statistics, TokenStatistics, entropy, multi_view_entropy
-from tapt.prompts import PromptConfig, class_texts, image_logits
-from tapt.towers import encode_image
-from tapt.tuning import TuneConfig, tune
+from tapt.core.backbone import Backbone
+from tapt.core.losses import Statistics, TokenStatistics, entropy, multi_view_entropy
+from tapt.core.prompts import PromptConfig, class_texts, image_logits
+from tapt.core.towers import encode_image
+from tapt.core.tuning import TuneConfig, Tuned, tune
+from tapt.packs.convert import from_research, research_names
 
 PREFIX = os.environ.get("TAPT_REFERENCE") or str(Path(__file__).parent / "reference" / "reference")
 SPEC = json.loads(Path(PREFIX + ".json").read_text())
@@ -53,7 +53,7 @@ def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
     }
     folder = tmp_path_factory.mktemp("reference")
     write_backbone(folder, config, reference_weights(SPEC["weights"]))
-    return load_backbone(f"local-dir:{folder}", device="cpu")
+    return local_backbone(folder)
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +95,7 @@ class Case:
             align_to=spec["align_layers"][1],
         )
 
-    def tuned(self, **options: object):
+    def tuned(self) -> Tuned:
         return tune(
             self.backbone,
             self.prompts,
@@ -103,7 +103,6 @@ class Case:
             self.texts,
             statistics=self.statistics,
             config=self.settings,
-            **options,
         )
 
 
@@ -112,9 +111,9 @@ def case(request: pytest.FixtureRequest, backbone, tensors) -> Case:
     return Case(request.param, backbone, tensors)
 
 
-@pytest.fixture(scope="module", params=[True, False], ids=["select-first", "all-views"])
-def result(request: pytest.FixtureRequest, case: Case):
-    return case.tuned(select_first=request.param)
+@pytest.fixture(scope="module")
+def result(case: Case) -> Tuned:
+    return case.tuned()
 
 
 def close(actual: torch.Tensor, expected: torch.Tensor, *, absolute=0.0, relative=0.0) -> None:
@@ -124,31 +123,24 @@ def close(actual: torch.Tensor, expected: torch.Tensor, *, absolute=0.0, relativ
 
 
 def test_logits_and_selection(case: Case, result):
-    trace = result.trace
-    close(trace.logits[0], case.expected["logits"], absolute=2e-4)
-    close(trace.entropies[0], case.expected["entropy"], absolute=2e-4)
-    assert set(trace.kept[0].tolist()) == set(case.expected["selected"].long().tolist())
+    close(result.view_logits[0], case.expected["logits"], absolute=2e-4)
+    close(result.entropies[0], case.expected["entropy"], absolute=2e-4)
+    assert set(result.kept[0].tolist()) == set(case.expected["selected"].long().tolist())
 
 
 def test_token_statistics(case: Case):
     """Over all blocks, not only the aligned ones."""
     kept = case.expected["views"][case.expected["selected"].long()]
-    _, taps = encode_image(
-        case.backbone, kept, case.prompts.visual(), tap=range(case.backbone.visual_blocks)
+    _, hidden = encode_image(
+        case.backbone, kept, case.prompts.visual(), hidden=range(case.backbone.visual_blocks)
     )
-    stacked = torch.stack(taps)  # (blocks, K, tokens, width)
+    stacked = torch.stack(hidden)  # (blocks, K, tokens, width)
     close(stacked.mean(1), case.expected["token_mean"], absolute=2e-4)
     close(stacked.var(1, unbiased=False), case.expected["token_var"], absolute=2e-4)
 
 
-def test_observed_statistics_are_those_of_the_aligned_blocks(case: Case, result):
-    blocks = slice(*case.spec["align_layers"])
-    close(result.trace.observed.mean[:, 0], case.expected["token_mean"][blocks], absolute=2e-4)
-    close(result.trace.observed.var[:, 0], case.expected["token_var"][blocks], absolute=2e-4)
-
-
 def test_losses(case: Case, result):
-    before = result.trace.before
+    before = result.before
     close(before.entropy, case.expected["multi_view_entropy"], relative=1e-4)
     close(before.adversarial, case.expected["align_adversarial"], relative=1e-4)
     close(before.clean, case.expected["align_clean"], relative=1e-4)

@@ -7,26 +7,25 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TOY_CLASSES
+from conftest import TOY_CLASSES, local_backbone, toy_model
+from PIL import Image
 from torch import Tensor
 
-from tapt import selfcheck
-from tapt.__main__ import main
-from tapt.adaptive import attack_deployed
-from tapt.attacks import AttackConfig, attack_images
-from tapt.backbone import Backbone, load_backbone
-from tapt.defense import make_defender
-from tapt.pack import Pack, base_model
-from tapt.prompts import PromptConfig, init_prompts
-from tapt.selfcheck import BROKEN, RULES, Lab, broken_attack, example_pixels
-from tapt.tuning import TuneConfig
+from tapt.core.attacks import Attack, attack_images
+from tapt.core.backbone import Backbone
+from tapt.data import LabelledImages
+from tapt.defenses.deployed import attack_deployed
+from tapt.evaluation import selfcheck
+from tapt.evaluation.selfcheck import BROKEN, RULES, Lab, broken_attack, example_pixels
+
+VIEWS = {"views": 16, "keep": 0.25, "lr": 0.005}
 
 
-def lab_on(backbone: Backbone) -> Lab:
-    prompts = init_prompts(backbone, PromptConfig("VLI", 2, 3), seed=1)
-    pack = Pack(prompts, None, TuneConfig(lr=0.005), "toy", base_model(backbone))
-    defender = make_defender(backbone, pack, TOY_CLASSES)
-    return Lab(defender, example_pixels(defender, 10))
+def lab_on(backbone: Backbone, pixels: Tensor | None = None) -> Lab:
+    model = toy_model(backbone, statistics=None)
+    clip = model.prepare(TOY_CLASSES)
+    pixels = example_pixels(model, 10) if pixels is None else pixels
+    return Lab(clip, model.prepare_defenses(clip, changes=VIEWS), pixels)
 
 
 @pytest.fixture(scope="module")
@@ -34,31 +33,31 @@ def lab(toy: Backbone) -> Lab:
     return lab_on(toy)
 
 
-def broken(change: Callable[[AttackConfig], bool]) -> dict[str, Callable]:
+def broken(change: Callable[[Attack], bool]) -> dict[str, Callable]:
     """Attacks that do nothing where `change` says so."""
 
-    def attack(classifier, pixels: Tensor, labels: Tensor, config: AttackConfig) -> Tensor:
-        return pixels if change(config) else attack_images(classifier, pixels, labels, config)
+    def attack(model, pixels: Tensor, labels: Tensor, settings: Attack) -> Tensor:
+        return pixels if change(settings) else attack_images(model, pixels, labels, settings)
 
-    def deployed(defender, defense, pixels, labels, settings, **options: object) -> Tensor:
+    def deployed(prepared, pixels, labels, settings, **options: object) -> Tensor:
         if change(settings):
             return pixels
-        return attack_deployed(defender, defense, pixels, labels, settings, **options)
+        return attack_deployed(prepared, pixels, labels, settings, **options)
 
     return {"attack": attack, "deployed": deployed}
 
 
 @pytest.mark.parametrize("rule", [*RULES, broken_attack], ids=lambda rule: rule.__name__)
 def test_every_rule_holds_for_the_harness(lab: Lab, rule):
-    passed, seen = rule(lab)
-    assert passed, seen
+    passed, measured = rule(lab)
+    assert passed, measured
 
 
 FAULTS = {
-    "large_epsilon": lambda config: True,
-    "more_steps": lambda config: config.steps > 5,
-    "autoattack": lambda config: config.name == "autoattack",
-    "black_box": lambda config: config.name == "pgd",
+    "large_epsilon": lambda attack: True,
+    "more_steps": lambda attack: attack.steps > 5,
+    "autoattack": lambda attack: attack.name == "autoattack",
+    "black_box": lambda attack: attack.name == "pgd",
 }
 
 
@@ -67,16 +66,17 @@ def test_a_rule_fails_for_an_attack_that_gives_up(lab: Lab, name: str, monkeypat
     monkeypatch.setattr(selfcheck, "SMALL", 16 / 255)  # so that a working attack succeeds here
     monkeypatch.setattr(selfcheck, "MIDDLE", 64 / 255)
     rule = getattr(selfcheck, name)
-    passed, seen = rule(replace(lab, **broken(FAULTS[name])))
-    assert not passed, seen
-    assert "%" in seen
+    passed, measured = rule(replace(lab, **broken(FAULTS[name])))
+    assert not passed, measured
+    assert "%" in measured
 
 
 def test_deployed_defences_are_checked_under_a_large_epsilon(lab: Lab):
-    nothing = broken(lambda config: True)["deployed"]
-    passed, seen = selfcheck.large_epsilon(replace(lab, deployed=nothing))
+    nothing = broken(lambda attack: True)["deployed"]
+    passed, measured = selfcheck.large_epsilon(replace(lab, deployed=nothing))
     assert not passed
-    assert "tapt" in seen
+    assert "ensemble" in measured
+    assert "tapt" in measured
 
 
 @pytest.mark.parametrize("shift", [-1, 1])
@@ -84,56 +84,53 @@ def test_the_rounding_rule_fails_for_a_shifted_ball(lab: Lab, shift: int):
     def attack(*arguments: object) -> Tensor:
         return (attack_images(*arguments).int() + shift).clamp(0, 255).to(torch.uint8)
 
-    passed, seen = selfcheck.rounding(replace(lab, attack=attack))
+    passed, measured = selfcheck.rounding(replace(lab, attack=attack))
     assert not passed
-    assert "leaves the ball" in seen
+    assert "leaves the ball" in measured
 
 
 def test_the_rounding_rule_fails_for_an_attack_that_stays_short(lab: Lab):
-    def attack(classifier, pixels: Tensor, *rest: object) -> Tensor:
-        change = attack_images(classifier, pixels, *rest).int() - pixels.int()
+    def attack(model, pixels: Tensor, *rest: object) -> Tensor:
+        change = attack_images(model, pixels, *rest).int() - pixels.int()
         return (pixels.int() + change.clamp(-3, 2)).to(torch.uint8)
 
-    passed, seen = selfcheck.rounding(replace(lab, attack=attack))
+    passed, measured = selfcheck.rounding(replace(lab, attack=attack))
     assert not passed
-    assert "moves from -3 to 2 of 3" in seen
+    assert "moves from -3 to 2 of 3" in measured
 
 
 def test_the_model_rule_fails_for_other_sentences_and_types(lab: Lab, toy_folder):
-    other = make_defender(lab.defender.backbone, lab.defender.pack, ["bus", "tree", "fish"])
-    wrong = replace(lab.defender, static_features=other.static_features)
-    passed, _ = selfcheck.same_model(replace(lab, defender=wrong))
-    assert not passed
-    double = lab_on(load_backbone(f"local-dir:{toy_folder}", device="cpu", dtype=torch.float64))
-    passed, _ = selfcheck.same_model(double)
-    assert not passed
+    wrong = lab_on(lab.clip.backbone, lab.pixels)
+    other = replace(lab.clip, classes=("bus", "tree", "fish"))
+    vars(wrong.clip)["text_features"] = other.text_features
+    assert not selfcheck.same_model(wrong)[0]
+    double = lab_on(local_backbone(toy_folder, torch.float64), lab.pixels)
+    assert not selfcheck.same_model(double)[0]
 
 
 def test_the_broken_attacks_must_be_caught(lab: Lab, monkeypatch):
     for name in ("large_epsilon", "rounding"):
         monkeypatch.setattr(selfcheck, name, lambda lab: (True, "anything goes"))
-    passed, seen = broken_attack(lab)
+    passed, measured = broken_attack(lab)
     assert not passed
-    assert all(name in seen for name in BROKEN)
+    assert all(name in measured for name in BROKEN)
 
 
-def test_the_command_prints_a_verdict_per_rule(toy_folder, monkeypatch, capsys):
+def test_a_verdict_per_rule_on_examples_and_on_data(toy, monkeypatch):
     def good(lab: Lab) -> tuple[bool, str]:
         """Water is wet."""
-        return True, "wet"
+        return True, f"{len(lab.pixels)} of {len(lab.clip.classes)}"
 
     def bad(lab: Lab) -> tuple[bool, str]:
         """Fire is cold."""
         return False, "hot"
 
-    command = ["selfcheck", "--backbone", f"local-dir:{toy_folder}", "--device", "cpu"]
     monkeypatch.setattr(selfcheck, "broken_attack", good)
-    monkeypatch.setattr(selfcheck, "RULES", (good,))
-    assert main(command) == 0
-    assert "All rules hold." in capsys.readouterr().out
     monkeypatch.setattr(selfcheck, "RULES", (good, bad))
-    assert main(command) == 1
-    out = capsys.readouterr().out
-    assert "pass  Water is wet." in out
-    assert "FAIL  Fire is cold." in out
-    assert "1 of 3 rules fail." in out
+    model = toy_model(toy)
+    verdicts = [verdict[:3] for verdict in selfcheck.selfcheck(model)]
+    assert verdicts[:2] == [("Water is wet.", True, "16 of 10"), ("Fire is cold.", False, "hot")]
+    assert len(verdicts) == 3
+    picture = Image.new("RGB", (32, 32), "red")
+    data = LabelledImages(("a", "b", "c"), (0, 1), lambda i: picture, lambda i: b"", "reds")
+    assert next(selfcheck.selfcheck(model, data))[2] == "2 of 3"

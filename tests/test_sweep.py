@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOY_CLASSES
+from conftest import TOY_CLASSES, toy_model
 from PIL import Image
 from torch import Tensor
 
-from tapt.__main__ import main
-from tapt.attacks import AttackConfig
-from tapt.backbone import Backbone
-from tapt.compare import compare
-from tapt.defense import DEFENSES, Defender, make_defender
-from tapt.errors import InputError
-from tapt.images import to_picture
-from tapt.pack import Pack, base_model
-from tapt.prompts import PromptConfig, init_prompts
-from tapt.sweep import Sweep, curve_png, sweep_steps
-from tapt.tuning import TuneConfig
+from tapt.core.attacks import Attack
+from tapt.core.backbone import Backbone
+from tapt.core.errors import InputError
+from tapt.core.images import to_picture
+from tapt.defenses import list_defenses
+from tapt.evaluation.sweep import Sweep, curve_png, sweep_steps
+from tapt.model import Model
 
 
 @pytest.fixture(scope="module")
-def defender(toy: Backbone) -> Defender:
-    prompts = init_prompts(toy, PromptConfig("VLI", 2, 3), seed=1)
-    config = TuneConfig(views=6, keep=0.5, lr=0.02)
-    return make_defender(toy, Pack(prompts, None, config, "toy", base_model(toy)), TOY_CLASSES)
+def model(toy: Backbone) -> Model:
+    return toy_model(toy)
 
 
 @pytest.fixture(scope="module")
@@ -38,88 +31,73 @@ def image() -> Image.Image:
     return to_picture(pixels)
 
 
-def test_the_curves_are_those_of_compare(defender, image):
-    attack = AttackConfig("pgd", steps=3)
+def test_the_curves_are_those_of_compare(model, image):
+    options = {"attacked": "static", "defenses": ["static", "tapt"]}
     *_, (progress, result) = sweep_steps(
-        defender, image, attack=attack, threat="static", epsilons=(0, 2, 8)
+        model, image, TOY_CLASSES, attack=Attack("pgd", steps=3), epsilons=(0, 2, 8), **options
     )
     assert (progress.done, progress.total) == (3, 3)
     assert not result.label_given
     for place, epsilon in enumerate((0, 2, 8)):
-        config = AttackConfig("pgd", epsilon / 255, 3) if epsilon else None
-        single = compare(defender, image, attack=config, threat="static", label=result.label)
-        for name in DEFENSES:
-            told = single.results[name]["attacked" if epsilon else "clean"]
-            expected = float(told[TOY_CLASSES.index(result.label)])
+        attack = Attack("pgd", epsilon / 255, 3) if epsilon else None
+        single = model.compare(image, TOY_CLASSES, attack=attack, label=result.label, **options)
+        for name in options["defenses"]:
+            answer = single[name].attacked if epsilon else single[name].clean
+            expected = float(answer.probabilities[TOY_CLASSES.index(result.label)])
             assert result.probabilities[name][place] == pytest.approx(expected, abs=1e-5)
-            assert result.answers[name][place] == TOY_CLASSES[int(told.argmax())]
+            assert result.answers[name][place] == answer.top[0]
     assert result.probabilities["static"][2] < result.probabilities["static"][0]
+    told = json.loads(json.dumps(result.to_dict(), allow_nan=False))
+    assert told["settings"]["attacked_model"] == "static"
+    assert not {"epsilon", "step_size"} & set(told["settings"]["attack"])
+    lines = str(result).splitlines()
+    assert lines[1].split() == ["epsilon", "static", "tapt"]
+    assert lines[-1].startswith("8/255")
 
 
-def test_it_fills_in_and_stops(defender, image):
-    steps = sweep_steps(defender, image, attack=AttackConfig(steps=2), epsilons=(0, 1, 2))
+def test_it_fills_in_and_stops(model, image, flips):
+    steps = sweep_steps(model, image, TOY_CLASSES, attack=Attack(steps=2), epsilons=(0, 1, 2))
     lengths = []
     for progress, result in steps:
-        lengths.append(len(result.probabilities["tapt"]))
+        lengths.append(len(result.probabilities["flips"]))
         if progress.phase == "epsilon 2/255, attack":
             steps.close()
             break
+    assert list(result.answers) == list_defenses()
     assert lengths[0] == 0
     assert lengths[-1] == 2
     assert next(steps, None) is None
+    assert len(str(result).splitlines()) == 2 + 2
+    assert curve_png(result).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"attack": AttackConfig("cw")}, "needs an attack with an epsilon; CW has none"),
-        ({"threat": "rumour"}, "threat must be one of"),
-        ({"threat": "square"}, "needs the attack square"),
+        ({"attack": Attack("cw")}, "needs an attack with an epsilon; CW has none"),
+        ({"attacked": "rumour"}, "attacked model must be"),
         ({"label": "bus"}, "'bus' is not one of the class names"),
+        ({"epsilons": (0, 256)}, "from 0 to 255"),
+        ({"defenses": ["magic"]}, "'magic' is unknown"),
     ],
 )
-def test_wrong_arguments_are_refused(defender, image, options, sentence):
+def test_wrong_arguments_are_refused(model, image, options, sentence):
     with pytest.raises(InputError, match=sentence):
-        next(sweep_steps(defender, image, **options))
+        next(sweep_steps(model, image, TOY_CLASSES, **options))
 
 
-def test_the_deployed_defence_can_be_the_attacked_model(defender, image):
+@pytest.mark.parametrize("name", ["pgd", "square"])
+def test_the_deployed_defence_can_be_the_attacked_model(model, image, name):
+    options = {"attacked": "deployed:ensemble", "defenses": ["clip", "ensemble"], "draws": 1}
+    attack = Attack(name, steps=1)
     *_, (_, result) = sweep_steps(
-        defender,
-        image,
-        attack=AttackConfig(steps=1),
-        threat="adaptive",
-        epsilons=(0, 8),
-        draws=1,
+        model, image, TOY_CLASSES, attack=attack, epsilons=(0, 8), **options
     )
     assert all(len(values) == 2 for values in result.probabilities.values())
 
 
-def test_the_command_writes_a_plot(image, toy_folder, tmp_path: Path, capsys):
-    image.save(tmp_path / "noise.png")
-    command = (
-        f"sweep {tmp_path / 'noise.png'} --classes cat,dog --backbone local-dir:{toy_folder} "
-        f"--device cpu --steps 2 --views 4 --max-epsilon 2 --out {tmp_path / 'plots' / 'curve.png'}"
-    )
-    assert main(command.split()) == 0
-    out = capsys.readouterr().out
-    assert out.splitlines()[1].split() == ["epsilon", *DEFENSES]
-    assert out.splitlines()[-1].startswith("2/255")
-    with Image.open(tmp_path / "plots" / "curve.png") as plot:
-        assert plot.format == "PNG"
-        assert len(plot.convert("RGB").getcolors(1 << 20)) > 50
-    assert main([*command.split(), "--json"]) == 0
-    told = json.loads(capsys.readouterr().out)
-    assert told["epsilons"] == [0, 1, 2]
-    assert all(len(v) == 3 for v in told["probabilities"].values())
-    assert told["settings"]["trained"] is False
-    assert main([*command.split(), "--max-epsilon", "0"]) == 2
-    assert main([*command.split(), "--attack", "cw"]) == 2
-
-
 def test_unfinished_curves_can_be_drawn():
-    settings = {"attack": {"name": "pgd", "steps": 3}, "threat": "clip", "trained": True}
-    half = Sweep("cat", True, (0, 1, 2), settings)
-    for values in half.probabilities.values():
-        values.append(0.5)
+    attack = {"name": "pgd", "steps": 3}
+    settings = {"attack": attack, "attacked_model": "deployed:tapt", "trained": False}
+    half = Sweep("cat", True, (0, 1, 2), settings, {"clip": [0.5], "tapt": []}, {})
     assert curve_png(half).startswith(b"\x89PNG")

@@ -8,12 +8,12 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from conftest import toy_config, write_backbone
+from conftest import local_backbone, toy_config, write_backbone
 from torch import Tensor
 
-from tapt import towers
-from tapt.backbone import Backbone, load_backbone
-from tapt.towers import encode_image, encode_text
+from tapt.core import towers
+from tapt.core.backbone import Backbone
+from tapt.core.towers import encode_image, encode_text
 
 SENTENCES = ["a photo of a cat.", "a photo of a very large sports car.", "dog"]
 
@@ -57,7 +57,7 @@ def build(folder: Path, config: dict) -> Backbone:
             parameter.nan_to_num_(0, 0, 0).clamp_(-1, 1)  # CoCa leaves some as the memory was
             parameter += 0.05 * torch.randn_like(parameter)
     weights = {k: v.contiguous() for k, v in model.state_dict().items()}
-    return load_backbone(f"local-dir:{write_backbone(folder, config, weights)}", device="cpu")
+    return local_backbone(write_backbone(folder, config, weights))
 
 
 @pytest.fixture(scope="module", params=VARIANTS)
@@ -94,8 +94,8 @@ def test_without_prompts_the_towers_are_open_clips_own(variant, mode):
     assert tokens.shape == (3, backbone.context_length)
     with mode():
         pixels = images(3).requires_grad_(torch.is_grad_enabled())
-        features, taps = encode_image(backbone, pixels)
-        assert taps == []
+        features, hidden = encode_image(backbone, pixels)
+        assert hidden == []
         same(features, own(backbone.model.encode_image, backbone.normalize(pixels)))
         same(encode_text(backbone, tokens), own(backbone.model.encode_text, tokens))
 
@@ -155,27 +155,27 @@ def test_visual_prompts_stand_behind_the_patches_and_are_replaced_per_block(vari
     depth, n = 2, 3
     prompts = random(depth, n, backbone.visual_width)
     pixels = images(2)
-    features, taps = encode_image(backbone, pixels, prompts, tap=range(len(blocks)))
-    assert [t.shape for t in taps] == [(2, backbone.image_tokens + n, backbone.visual_width)] * 3
+    features, hidden = encode_image(backbone, pixels, prompts, hidden=range(len(blocks)))
+    assert [t.shape for t in hidden] == [(2, backbone.image_tokens + n, backbone.visual_width)] * 3
 
     first = visual.ln_pre(prompts[0]).expand(2, -1, -1)
     embedded = visual._embeds(backbone.normalize(pixels))
-    assert torch.equal(taps[0], torch.cat([embedded, first], dim=1))
-    for index, (tap, block) in enumerate(zip(taps, blocks, strict=True)):
-        out = block(tap)
+    assert torch.equal(hidden[0], torch.cat([embedded, first], dim=1))
+    for index, (states, block) in enumerate(zip(hidden, blocks, strict=True)):
+        out = block(states)
         if index + 1 < depth:  # the prompts' outputs are dropped, fresh ones take their place
             expected = torch.cat([out[:, :-n], prompts[index + 1].expand(2, -1, -1)], dim=1)
-            assert torch.equal(taps[index + 1], expected)
+            assert torch.equal(hidden[index + 1], expected)
         elif index + 1 < len(blocks):  # behind the depth they pass through
-            assert torch.equal(taps[index + 1], out)
+            assert torch.equal(hidden[index + 1], out)
     pooled, _ = visual._pool(out[:, :-n])
     assert torch.equal(features, pooled @ visual.proj)
 
 
-def test_tap_returns_only_the_blocks_that_were_asked_for(toy: Backbone):
+def test_hidden_states_of_the_blocks_that_were_asked_for(toy: Backbone):
     prompts = random(3, 2, toy.visual_width)
-    _, every = encode_image(toy, images(2), prompts, tap=range(3))
-    _, some = encode_image(toy, images(2), prompts, tap=(0, 2))
+    _, every = encode_image(toy, images(2), prompts, hidden=range(3))
+    _, some = encode_image(toy, images(2), prompts, hidden=(0, 2))
     assert len(some) == 2
     assert torch.equal(some[0], every[0])
     assert torch.equal(some[1], every[2])
@@ -218,13 +218,13 @@ def test_image_groups_equal_each_group_alone(variant):
     _, backbone = variant
     prompts = random(2, 2, 3, backbone.visual_width)  # (G, D, n, width)
     pixels = images(6)
-    features, taps = encode_image(backbone, pixels, prompts, tap=(0, 2))
+    features, hidden = encode_image(backbone, pixels, prompts, hidden=(0, 2))
     for group in range(2):
         run = slice(3 * group, 3 * group + 3)
-        alone, alone_taps = encode_image(backbone, pixels[run], prompts[group], tap=(0, 2))
+        alone, alone_hidden = encode_image(backbone, pixels[run], prompts[group], hidden=(0, 2))
         torch.testing.assert_close(features[run], alone, atol=1e-5, rtol=1e-5)
-        for tap, alone_tap in zip(taps, alone_taps, strict=True):
-            torch.testing.assert_close(tap[run], alone_tap, atol=1e-5, rtol=1e-5)
+        for states, alone_states in zip(hidden, alone_hidden, strict=True):
+            torch.testing.assert_close(states[run], alone_states, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(
         encode_image(backbone, pixels[:3], prompts[1])[0], features[:3], atol=1e-3
     )

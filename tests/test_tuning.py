@@ -8,18 +8,24 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TOY_CLASSES
+from conftest import TOY_CLASSES, local_backbone, some_statistics
 from torch import Tensor
 
-import tapt.step
-import tapt.tuning
-from tapt.backbone import Backbone, load_backbone
-from tapt.errors import Cancelled, InputError
-from tapt.losses import Statistics, TokenStatistics, entropy, multi_view_entropy
-from tapt.prompts import PromptConfig, Prompts, class_texts, image_logits, init_prompts
-from tapt.towers import encode_image
-from tapt.tuning import TuneConfig, Tuned, aligned_blocks, tune
-from tapt.views import make_views
+import tapt.core.tuning
+from tapt.core.backbone import Backbone
+from tapt.core.errors import Cancelled, InputError
+from tapt.core.losses import (
+    Statistics,
+    TokenStatistics,
+    alignment,
+    entropy,
+    multi_view_entropy,
+    view_statistics,
+)
+from tapt.core.prompts import PromptConfig, Prompts, class_texts, image_logits, init_prompts
+from tapt.core.towers import encode_image
+from tapt.core.tuning import TuneConfig, Tuned, encode_views, tune
+from tapt.core.views import make_views
 
 DESIGNS = ("V", "VLI", "VLJ")
 CONFIG = TuneConfig(views=12, keep=0.25)
@@ -28,28 +34,13 @@ CONFIG = TuneConfig(views=12, keep=0.25)
 @pytest.fixture(scope="module")
 def exact(toy_folder: Path) -> Backbone:
     """The toy in float64, where batching and threads only differ in the last digits."""
-    return load_backbone(f"local-dir:{toy_folder}", device="cpu", dtype=torch.float64)
+    return local_backbone(toy_folder, torch.float64)
 
 
 def some_views(backbone: Backbone, images: int, count: int = CONFIG.views) -> Tensor:
     generator = torch.Generator().manual_seed(3)
     pictures = torch.rand(images, 3, 32, 32, generator=generator, dtype=backbone.dtype)
     return torch.stack([make_views(p, count, generator=generator) for p in pictures])
-
-
-def some_statistics(backbone: Backbone, config: PromptConfig) -> Statistics:
-    generator = torch.Generator().manual_seed(4)
-    shape = (
-        backbone.visual_blocks,
-        backbone.image_tokens + config.tokens,
-        backbone.visual_width,
-    )
-
-    def draw() -> TokenStatistics:
-        mean, var = torch.randn(shape, generator=generator), torch.rand(shape, generator=generator)
-        return TokenStatistics(mean, var)
-
-    return Statistics(draw(), draw())
 
 
 class Setup:
@@ -76,7 +67,7 @@ def assert_same(one: Tuned, other: Tuned, tolerance: float = 1e-8) -> None:
     for name, tensor in one.prompts.tensors.items():
         torch.testing.assert_close(tensor, other.prompts.tensors[name], atol=tolerance, rtol=0)
     torch.testing.assert_close(one.logits, other.logits, atol=tolerance, rtol=0)
-    assert torch.equal(one.trace.kept, other.trace.kept)
+    assert torch.equal(one.kept, other.kept)
 
 
 def image_of(tuned: Tuned, index: int) -> dict[str, Tensor]:
@@ -91,20 +82,20 @@ def straightforward(setup: Setup, views: Tensor, config: TuneConfig) -> tuple[Pr
     blocks = range(design.visual_depth - 1)
 
     def logits_and_inputs(chosen: Tensor) -> tuple[Tensor, list[Tensor]]:
-        features, taps = encode_image(backbone, chosen, tuned.visual(), tap=blocks)
-        return image_logits(backbone, features, setup.texts.features(backbone, tuned)), taps
+        features, hidden = encode_image(backbone, chosen, tuned.visual(), hidden=blocks)
+        return image_logits(backbone, features, setup.texts.features(backbone, tuned)), hidden
 
     kept = entropy(logits_and_inputs(views)[0]).argsort()[: int(len(views) * config.keep)]
     for _ in range(config.steps):
-        logits, taps = logits_and_inputs(views[kept])
+        logits, hidden = logits_and_inputs(views[kept])
         loss = multi_view_entropy(logits)
         for target in (setup.statistics.adversarial, setup.statistics.clean):
-            for block, tap in zip(blocks, taps, strict=True):
-                for seen, wanted in (
-                    (tap.mean(0), target.mean[block]),
-                    (tap.var(0, unbiased=False), target.var[block]),
+            for block, states in zip(blocks, hidden, strict=True):
+                for observed, wanted in (
+                    (states.mean(0), target.mean[block]),
+                    (states.var(0, unbiased=False), target.var[block]),
                 ):
-                    distance = 0.5 * (seen - wanted.to(seen.dtype)).abs().mean()
+                    distance = 0.5 * (observed - wanted.to(observed.dtype)).abs().mean()
                     loss = loss + 100 / design.visual_depth * 0.5 * distance
         optimizer.zero_grad()
         loss.backward()
@@ -114,7 +105,7 @@ def straightforward(setup: Setup, views: Tensor, config: TuneConfig) -> tuple[Pr
 
 @pytest.mark.parametrize("steps", [1, 3])
 def test_a_batch_equals_the_straightforward_computation_of_each_image(setup: Setup, steps: int):
-    config = replace(CONFIG, steps=steps)
+    config = CONFIG.updated(steps=steps)
     views = some_views(setup.backbone, 2)
     batch = setup.tune(views, config)
     assert not torch.allclose(batch.logits[0], batch.logits[1], atol=1e-3)
@@ -132,14 +123,9 @@ def test_a_batch_equals_one_by_one(setup: Setup):
         alone = setup.tune(views[index : index + 1])
         for name, tensor in image_of(alone, 0).items():
             torch.testing.assert_close(image_of(batch, index)[name], tensor, atol=1e-8, rtol=0)
-        for name in ("logits", "entropies", "kept"):
-            torch.testing.assert_close(
-                getattr(batch.trace, name)[index], getattr(alone.trace, name)[0]
-            )
-        torch.testing.assert_close(batch.trace.before.total[index], alone.trace.before.total[0])
-        torch.testing.assert_close(
-            batch.trace.observed.var[:, index], alone.trace.observed.var[:, 0]
-        )
+        for name in ("view_logits", "entropies", "kept"):
+            torch.testing.assert_close(getattr(batch, name)[index], getattr(alone, name)[0])
+        torch.testing.assert_close(batch.before.total[index], alone.before.total[0])
 
 
 @pytest.mark.parametrize("design", DESIGNS)
@@ -165,19 +151,18 @@ def test_every_image_starts_from_the_given_prompts(setup: Setup):
     assert_same(setup.tune(views[1:]), first, 0)
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2])
-def test_both_paths_give_the_same(setup: Setup, steps: int):
-    views, config = some_views(setup.backbone, 2), replace(CONFIG, steps=steps)
-    fast = setup.tune(views, config, after=True)
-    slow = setup.tune(views, config, after=True, select_first=False)
-    assert_same(fast, slow)
-    for losses, others in (
-        (fast.trace.before, slow.trace.before),
-        (fast.trace.after, slow.trace.after),
-    ):
-        for name, value in vars(losses).items():
-            torch.testing.assert_close(value, getattr(others, name), atol=1e-8, rtol=1e-8)
-    torch.testing.assert_close(fast.trace.observed.mean, slow.trace.observed.mean)
+def test_what_is_there_already_is_not_computed_again(setup: Setup):
+    """Several defences share the logits of the views."""
+    views, calls = some_views(setup.backbone, 2), []
+    text = setup.texts.features(setup.backbone, setup.prompts)
+    every = encode_views(setup.backbone, setup.prompts, views, text)
+    given = {"text_features": text, "view_logits": every}
+    tuned = setup.tune(views, **given, on_progress=lambda done, total: calls.append(done))
+    assert_same(tuned, setup.tune(views), 0)
+    assert tuned.view_logits is every
+    assert calls == [0, 24, 30, 32]
+    kept = setup.tune(views, **{**given, "view_logits": every.flip(1)}).kept
+    assert not torch.equal(kept, tuned.kept)
 
 
 def test_what_it_was_given_stays_as_it_was(setup: Setup):
@@ -185,7 +170,7 @@ def test_what_it_was_given_stays_as_it_was(setup: Setup):
     model = {k: v.clone() for k, v in setup.backbone.model.state_dict().items()}
     prompts = {k: v.clone() for k, v in setup.prompts.tensors.items()}
     given, target = views.clone(), setup.statistics.clean.var.clone()
-    tuned = setup.tune(views, replace(CONFIG, steps=2), after=True)
+    tuned = setup.tune(views, CONFIG.updated(steps=2), after=True)
     assert torch.equal(views, given)
     assert torch.equal(setup.statistics.clean.var, target)
     assert all(torch.equal(prompts[k], v) for k, v in setup.prompts.tensors.items())
@@ -194,8 +179,8 @@ def test_what_it_was_given_stays_as_it_was(setup: Setup):
         assert torch.equal(model[name], value)
     assert all(p.grad is None and not p.requires_grad for p in setup.backbone.model.parameters())
     assert not setup.backbone.model.training
-    results = [tuned.logits, tuned.trace.logits, *tuned.prompts.tensors.values()]
-    results += [tuned.trace.observed.mean, *vars(tuned.trace.before).values()]
+    results = [tuned.logits, tuned.view_logits, *tuned.prompts.tensors.values()]
+    results += [*vars(tuned.before).values()]
     assert not any(t.requires_grad for t in results)
 
 
@@ -250,128 +235,125 @@ def test_two_threads_on_one_model_get_what_one_gets(exact: Backbone):
 def test_it_works_inside_no_grad_and_under_another_default_device(setup: Setup):
     """A tensor that is made without naming its device would be a meta tensor here."""
     views = some_views(setup.backbone, 2)
-    config = replace(CONFIG, steps=2)
+    config = CONFIG.updated(steps=2)
     expected = setup.tune(views, config, after=True)
     with torch.device("meta"), torch.no_grad():
         inside = setup.tune(views, config, after=True)
-        slow = setup.tune(views, config, select_first=False)
         features, _ = encode_image(setup.backbone, views[0], setup.prompts.visual())
         texts = class_texts(setup.backbone, TOY_CLASSES, setup.prompts.config)
         assert_same(inside, expected)
-    assert_same(slow, expected)
     logits = image_logits(setup.backbone, features, texts.features(setup.backbone, setup.prompts))
-    torch.testing.assert_close(logits, expected.trace.logits[0])
+    torch.testing.assert_close(logits, expected.view_logits[0])
 
 
 def test_steps_keep_the_selection_of_the_first(setup: Setup, monkeypatch: pytest.MonkeyPatch):
     passes = []
-    original = tapt.step.encode_image
+    original = tapt.core.tuning.encode_image
 
     def spy(backbone, images, *args, **options):
         passes.append(images)
         return original(backbone, images, *args, **options)
 
-    monkeypatch.setattr(tapt.step, "encode_image", spy)
+    monkeypatch.setattr(tapt.core.tuning, "encode_image", spy)
     views = some_views(setup.backbone, 1)
-    tuned = setup.tune(views, replace(CONFIG, steps=3, lr=0.5))  # the order may well change
-    kept = views[0][tuned.trace.kept[0]]
-    assert tuned.trace.kept.shape == (1, 3)
+    tuned = setup.tune(views, CONFIG.updated(steps=3, lr=0.5))  # the order may well change
+    kept = views[0][tuned.kept[0]]
+    assert tuned.kept.shape == (1, 3)
     steps = [p for p in passes if len(p) == 3]
     assert len(steps) == 3
     assert all(torch.equal(step, kept) for step in steps)
 
 
 def test_the_most_confident_views_are_kept_in_order(setup: Setup):
-    trace = setup.tune(some_views(setup.backbone, 2)).trace
-    torch.testing.assert_close(trace.entropies, entropy(trace.logits))
+    tuned = setup.tune(some_views(setup.backbone, 2))
+    torch.testing.assert_close(tuned.entropies, entropy(tuned.view_logits))
     for image in range(2):
-        order = trace.entropies[image].argsort()
-        assert trace.kept[image].tolist() == order[:3].tolist()
+        order = tuned.entropies[image].argsort()
+        assert tuned.kept[image].tolist() == order[:3].tolist()
 
 
 @pytest.mark.parametrize(("views", "keep", "count"), [(10, 0.0, 1), (10, 0.39, 3), (4, 1.0, 4)])
 def test_how_many_views_are_kept(exact: Backbone, views: int, keep: float, count: int):
     config = TuneConfig(views=views, keep=keep)
     tuned = Setup(exact, "V").tune(some_views(exact, 1, views), config)
-    assert tuned.trace.kept.shape == (1, count)
+    assert tuned.kept.shape == (1, count)
 
 
 def test_no_steps_leave_the_prompts_and_predict_with_them(setup: Setup):
     views = some_views(setup.backbone, 2)
-    tuned = setup.tune(views, replace(CONFIG, steps=0))
+    tuned = setup.tune(views, CONFIG.updated(steps=0))
     for name, start in setup.prompts.tensors.items():
         assert torch.equal(tuned.prompts.tensors[name], start.expand(2, *start.shape))
-    torch.testing.assert_close(tuned.logits, tuned.trace.logits[:, 0])
-    assert tuned.trace.before.total.shape == (2,)
+    torch.testing.assert_close(tuned.logits, tuned.view_logits[:, 0])
+    assert tuned.before.total.shape == (2,)
 
 
 def test_without_statistics_the_loss_is_the_entropy(setup: Setup):
     views = some_views(setup.backbone, 1)
     tuned = setup.tune(views, statistics=None, after=True)
-    losses = tuned.trace.before
-    expected = multi_view_entropy(tuned.trace.logits[0][tuned.trace.kept[0]])
+    losses = tuned.before
+    expected = multi_view_entropy(tuned.view_logits[0][tuned.kept[0]])
     torch.testing.assert_close(losses.total[0], expected)
     assert torch.equal(losses.total, losses.entropy)
     assert losses.adversarial is losses.clean is losses.per_block_clean is None
-    assert tuned.trace.after.total < losses.total
+    assert tuned.after.total < losses.total
     aligned = setup.tune(views)
     assert not torch.allclose(aligned.logits, tuned.logits, atol=1e-6)
 
 
 def test_a_step_lowers_the_loss_and_its_terms_add_up(setup: Setup):
-    trace = setup.tune(some_views(setup.backbone, 2), after=True).trace
+    tuned = setup.tune(some_views(setup.backbone, 2), after=True)
     depth = setup.prompts.config.visual_depth
-    for losses in (trace.before, trace.after):
+    for losses in (tuned.before, tuned.after):
         assert losses.per_block_clean.shape == (depth - 1, 2)
         torch.testing.assert_close(losses.adversarial, losses.per_block_adversarial.sum(0))
         torch.testing.assert_close(losses.clean, losses.per_block_clean.sum(0))
         mixed = 0.5 * losses.adversarial + 0.5 * losses.clean
         torch.testing.assert_close(losses.total, losses.entropy + 100 / depth * mixed)
-    assert (trace.after.total < trace.before.total).all()
-    assert setup.tune(some_views(setup.backbone, 1)).trace.after is None
+    assert (tuned.after.total < tuned.before.total).all()
+    assert setup.tune(some_views(setup.backbone, 1)).after is None
 
 
 def test_alpha_chooses_between_the_two_statistics(exact: Backbone):
     setup, views = Setup(exact, "V"), some_views(exact, 1)
-    only_clean = setup.tune(views, replace(CONFIG, alpha=0.0))
+    only_clean = setup.tune(views, CONFIG.updated(alpha=0.0))
     target = setup.statistics.clean
     setup.statistics = Statistics(TokenStatistics(target.mean + 9, target.var + 9), target)
-    assert_same(setup.tune(views, replace(CONFIG, alpha=0.0)), only_clean, 0)
-    losses = setup.tune(views, replace(CONFIG, alpha=1.0)).trace.before
+    assert_same(setup.tune(views, CONFIG.updated(alpha=0.0)), only_clean, 0)
+    losses = setup.tune(views, CONFIG.updated(alpha=1.0)).before
     torch.testing.assert_close(losses.total, losses.entropy + 100 / 3 * losses.adversarial)
 
 
 def test_aligned_blocks(exact: Backbone):
-    assert aligned_blocks(TuneConfig(), 9) == range(8)
-    assert aligned_blocks(TuneConfig(align_from=2, align_to=5), 9) == range(2, 5)
+    assert TuneConfig().aligned_blocks(9) == range(8)
+    assert TuneConfig(align_from=2, align_to=5).aligned_blocks(9) == range(2, 5)
     setup, views = Setup(exact, "V"), some_views(exact, 1)
-    trace = setup.tune(views, replace(CONFIG, align_from=1, align_to=3)).trace
-    _, taps = encode_image(exact, views[0][trace.kept[0]], setup.prompts.visual(), tap=(1, 2))
-    expected = torch.stack([tap.mean(0) for tap in taps])
-    torch.testing.assert_close(trace.observed.mean[:, 0], expected)
+    tuned = setup.tune(views, CONFIG.updated(align_from=1, align_to=3))
+    _, hidden = encode_image(exact, views[0][tuned.kept[0]], setup.prompts.visual(), hidden=(1, 2))
+    target = setup.statistics.clean.to(exact.device, exact.dtype)
+    expected = alignment(view_statistics(hidden, 1), target, (1, 2))
+    torch.testing.assert_close(tuned.before.per_block_clean, expected)
     shallow = Setup(exact, "VLI", depth=1).tune(views, after=True)  # D - 1 = 0 blocks
-    assert shallow.trace.before.adversarial is None
+    assert shallow.before.adversarial is None
     with pytest.raises(InputError, match="align_to must be at most 3 on this backbone, got 4"):
-        setup.tune(views, replace(CONFIG, align_to=4))
+        setup.tune(views, CONFIG.updated(align_to=4))
 
 
 def test_progress_counts_up_to_the_total(setup: Setup):
     calls: list[tuple[int, int]] = []
-    config = replace(CONFIG, steps=2)
-    for select_first in (True, False):
+    for steps in (0, 2):
         calls.clear()
         setup.tune(
             some_views(setup.backbone, 2),
-            config,
+            CONFIG.updated(steps=steps),
             after=True,
-            select_first=select_first,
             on_progress=lambda done, total: calls.append((done, total)),
         )
         done, totals = zip(*calls, strict=True)
-        assert set(totals) == {2 * (12 + 3 * 3 + 1)}
+        assert set(totals) == {2 * (12 + 3 * (steps + 1) + 1)}
         assert list(done) == sorted(done)
         assert (done[0], done[-1]) == (0, totals[0])
-        assert len(calls) > 3
+        assert len(calls) >= 3 + steps
 
 
 @pytest.mark.parametrize("after_calls", [1, 2, 4])
@@ -393,7 +375,7 @@ def test_the_progress_callback_stops_it(exact: Backbone, after_calls: int):
 def test_the_selection_runs_in_passes_of_bounded_size(exact: Backbone, monkeypatch):
     setup, views = Setup(exact, "VLI"), some_views(exact, 2)
     expected = setup.tune(views)
-    monkeypatch.setattr(tapt.tuning, "views_per_pass", lambda _: 5)
+    monkeypatch.setattr(tapt.core.tuning, "views_per_pass", lambda _: 5)
     calls: list[int] = []
     assert_same(setup.tune(views, on_progress=lambda done, _: calls.append(done)), expected)
     assert calls[:6] == [0, 5, 10, 15, 20, 24]
@@ -409,52 +391,3 @@ def test_statistics_of_another_shape_are_refused(exact: Backbone, part: str):
         setup.tune(some_views(exact, 1), statistics=wrong)
     message = f"statistics {part} must have shape (3, 19, 64), got (3, 17, 64)."
     assert str(error.value) == message
-
-
-@pytest.mark.parametrize(
-    ("name", "value", "rule"),
-    [
-        ("views", 0, "a whole number from 1 to 1024"),
-        ("views", 1025, "a whole number from 1 to 1024"),
-        ("views", 64.0, "a whole number"),
-        ("views", True, "a whole number"),
-        ("steps", -1, "a whole number from 0 to 100"),
-        ("steps", "1", "a whole number"),
-        ("keep", 1.1, "a number from 0.0 to 1.0"),
-        ("keep", float("nan"), "a number"),
-        ("lr", float("nan"), "a number"),
-        ("lr", float("inf"), "a number"),
-        ("lr", -1e-3, "a number from 0.0 to 10.0"),
-        ("lr", None, "a number"),
-        ("weight_decay", -1, "a number"),
-        ("alignment_weight", 1e7, "a number"),
-        ("alignment_weight", 10**400, "a number"),
-        ("alpha", 1.5, "a number from 0.0 to 1.0"),
-        ("eps", 0.0, "a number"),
-        ("align_from", -1, "a whole number from 0"),
-        ("align_to", 1.5, "a whole number from 0"),
-        ("betas", (0.9, 1.0), "two numbers from 0 to below 1"),
-        ("betas", (0.9,), "two numbers"),
-        ("betas", 5, "two numbers"),
-        ("betas", ("a", "b"), "two numbers"),
-        ("betas", (float("nan"), 0.9), "two numbers"),
-    ],
-)
-def test_settings_out_of_range_are_refused(name: str, value: object, rule: str):
-    with pytest.raises(InputError) as error:
-        TuneConfig(**{name: value})
-    message = str(error.value)
-    assert message.startswith(f"{name} must be {rule}"), message
-    assert message.endswith(f"got {value!r}.")
-
-
-def test_settings_survive_json_and_updates():
-    config = TuneConfig(steps=2, betas=[0.8, 0.9])
-    assert config.betas == (0.8, 0.9)
-    assert TuneConfig(**config.to_dict()) == config
-    assert config.updated(lr=None, steps=3) == replace(config, steps=3)
-    with pytest.raises(InputError, match="steps must be"):
-        config.updated(steps=-1)
-    published = TuneConfig()
-    assert (published.views, published.keep, published.steps, published.lr) == (64, 0.1, 1, 5e-4)
-    assert (published.weight_decay, published.alignment_weight) == (0.01, 100.0)

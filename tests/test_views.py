@@ -7,7 +7,15 @@ import torch
 from torchvision.transforms import InterpolationMode, RandomResizedCrop
 from torchvision.transforms import functional as F1
 
-from tapt.views import RATIO, SCALE, crop_box, make_views, random_view
+from tapt.core.views import (
+    RATIO,
+    SCALE,
+    crop_box,
+    generators,
+    image_seeds,
+    make_views,
+    random_view,
+)
 
 DRAWS = 4000
 
@@ -30,6 +38,19 @@ def test_the_first_view_is_the_image_and_the_rest_are_not(image: torch.Tensor):
     assert len({view.numpy().tobytes() for view in views}) == 16
     assert float(views.min()) >= 0
     assert float(views.max()) <= 1
+
+
+def test_randomness_belongs_to_the_seed_and_the_number_of_the_image(image: torch.Tensor):
+    seeds = [s for seed in range(4) for s in image_seeds(seed, range(50))]
+    assert len(set(seeds)) == 200
+    assert image_seeds(3, [7, 2]) == [image_seeds(3, [7])[0], image_seeds(3, [2])[0]]
+    drawn = {
+        purpose: [torch.rand((), generator=g).item() for g in generators(seeds[:9], purpose)]
+        for purpose in ("", "attack", "judging")
+    }
+    assert len({value for values in drawn.values() for value in values}) == 27
+    plain = torch.rand((), generator=generator(seeds[4])).item()
+    assert drawn[""][4] == plain  # without a purpose the seed itself
 
 
 def test_one_view_is_the_image_alone(image: torch.Tensor):

@@ -1,8 +1,4 @@
-"""The page; only this package and app.py import gradio."""
-
-import os
-
-os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
+"""The page; only this package imports gradio."""
 
 try:
     import spaces  # on a Hugging Face Space; wants to be there before torch

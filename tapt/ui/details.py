@@ -1,17 +1,20 @@
-"""What TAPT did to one picture: the views it kept, its losses, its distances and its time."""
+"""What a defence did to one picture: the views that it kept, its losses and its distances."""
 
 from __future__ import annotations
 
 import base64
 import io
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from tapt.compare import Comparison, trace_dict
-from tapt.images import to_float, to_picture
+from tapt.comparison import Answer, Comparison
+from tapt.core.images import to_float, to_picture
+from tapt.core.views import image_seeds
+from tapt.defenses import ImageBatch
 from tapt.ui.chart import line_chart, plain_table
-from tapt.views import make_views
 
 MAX_SHOWN = 64
 THUMBNAIL = 64
@@ -21,47 +24,41 @@ TERMS = {
     "clean": "Distance to the clean statistics",
     "total": "Loss, weighted sum of these",
 }
-PHASES = {
-    "text": "class names",
-    "select": "all views, without gradients",
-    "gradient": "kept views, with gradients, and the step",
-    "predict": "the answer",
-    "after": "losses after the step (for this table only)",
-}
-KINDS = {"clean": "On the original image", "attacked": "On the attacked image"}
+KINDS = {"clean": "original", "attacked": "attacked"}
 
 
-def what_tapt_did(result: Comparison) -> str:
-    """All there is to show of the steps so far."""
+def what_happened(result: Comparison) -> str:
+    """All there is to show, so far, of the defences that tune something."""
     parts = [
-        f"<section><h2>{title}</h2>{_one(result, kind)}</section>"
-        for kind, title in KINDS.items()
-        if result.traces.get(kind) is not None
+        f"<section><h2>{result.title(name)} on the {word} image</h2>"
+        f"{_one(result, getattr(result, kind), answer)}</section>"
+        for name, answers in result.answers.items()
+        for kind, word in KINDS.items()
+        if (answer := getattr(answers, kind)) is not None and "before" in answer.trace
     ]
-    return f'<div class="t-did">{"".join(parts) or "<p>TAPT has not answered yet.</p>"}</div>'
+    return f'<div class="t-did">{"".join(parts) or "<p>No answer yet.</p>"}</div>'
 
 
-def _one(result: Comparison, kind: str) -> str:
-    trace = trace_dict(result.traces[kind])
+def _one(result: Comparison, pixels: Tensor, answer: Answer) -> str:
+    trace = answer.trace
     before, after = trace["before"], trace["after"] or trace["before"]
     terms = [
         (title, f"{before[name]:.4f}", f"{after[name]:.4f}")
         for name, title in TERMS.items()
         if before[name] is not None
     ]
-    seconds = [(PHASES[name], f"{value:.3f} s") for name, value in trace["seconds"].items()]
     return (
-        _views(result.clean if kind == "clean" else result.attacked, result, trace)
+        _views(pixels, result.settings["seed"], trace)
         + plain_table(("Loss", "before", "after"), terms)
         + _distances(before, after)
-        + plain_table(("Time", "seconds"), seconds)
+        + f"<p>{answer.seconds:.3f} s in all.</p>"
     )
 
 
-def _views(pixels: Tensor, result: Comparison, trace: dict) -> str:
+def _views(pixels: Tensor, seed: int, trace: Mapping[str, Any]) -> str:
     count, kept = len(trace["entropies"]), trace["kept"]
-    generator = torch.Generator().manual_seed(result.settings["seed"])  # the same crops again
-    views = make_views(to_float(pixels), count, generator=generator)
+    batch = ImageBatch(to_float(pixels)[None], image_seeds(seed, [0]))  # the same crops again
+    views = batch.views(count)[0]
     others = [index for index in range(count) if index not in set(kept)]
     shown = [*kept, *others][:MAX_SHOWN]
     items = "".join(
@@ -85,7 +82,7 @@ def _thumbnail(view: Tensor) -> str:
     return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
-def _distances(before: dict, after: dict) -> str:
+def _distances(before: Mapping[str, Any], after: Mapping[str, Any]) -> str:
     if before["per_block_adversarial"] is None:
         return "<p>These prompts have no token statistics: the entropy alone was lowered.</p>"
     series = {

@@ -14,30 +14,31 @@ import gradio as gr
 from PIL import Image
 from torch import Tensor
 
-from tapt.adaptive import attack_seconds
-from tapt.attacks import ATTACKS
-from tapt.compare import Comparison, Progress, compare_steps, watched
-from tapt.defense import MAX_CLASSES, THREATS, class_names
-from tapt.errors import InputError, TaptError
-from tapt.images import open_image, to_picture
-from tapt.sweep import Sweep, sweep_steps
+from tapt.comparison import Comparison
+from tapt.core.attacks import METHODS
+from tapt.core.errors import InputError, TaptError
+from tapt.core.images import open_image, to_picture
+from tapt.data.names import MAX_CLASSES, class_names
+from tapt.defenses import find_defenses
+from tapt.defenses.deployed import attack_seconds
+from tapt.evaluation.sweep import Sweep, sweep_steps
+from tapt.model import DRAWS, VICTIM, Model, Progress, in_thread
 from tapt.ui import details, inputs, known, links, on_gpu, render
 from tapt.ui.background import with_heartbeat
-from tapt.ui.service import EMBEDDED_BACKBONE, Model, Service
+from tapt.ui.service import EMBEDDED_BACKBONE, Service
 
-DRAWS = 4  # view sets per gradient of an adaptive attack
 BROKEN = "This run failed on the server, for a reason that its log names. Please try again."
-MODEL_FIELDS = ("backbone", "pack", "views", "keep", "tune_steps", "lr", "alpha")
+MODEL_FIELDS = ("backbone", "pack", *inputs.TEST_TIME)
 
 
-def _endpoint(fields: Sequence[str]) -> Callable[[Callable], Callable]:
-    """Names the parameters of an API endpoint after `fields`, checks the request, and shows the
-    person one sentence whatever goes wrong."""
+def _endpoint(names: Sequence[str]) -> Callable[[Callable], Callable]:
+    """Names the parameters of an API endpoint, checks the request, and shows the person one
+    sentence whatever goes wrong."""
 
     def decorate(function: Callable) -> Callable:
         def run(self: Handlers, *values: object) -> Iterator:
             try:
-                raw = dict(zip(fields, values, strict=True))
+                raw = dict(zip(names, values, strict=True))
                 yield from function(self, inputs.read_request(raw, self.uploads))
             except TaptError as error:
                 raise inputs.refusal(error) from error
@@ -47,11 +48,11 @@ def _endpoint(fields: Sequence[str]) -> Callable[[Callable], Callable]:
                 raise gr.Error(BROKEN) from error  # with its traceback in the log
 
         kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
-        names = [
+        parameters = [
             inspect.Parameter(name, kind, default=empty if name in ("self", "image") else None)
-            for name in ("self", *fields)
+            for name in ("self", *names)
         ]
-        run.__signature__ = inspect.Signature(names)
+        run.__signature__ = inspect.Signature(parameters)
         run.__name__, run.__doc__ = function.__name__, function.__doc__
         return run
 
@@ -59,7 +60,7 @@ def _endpoint(fields: Sequence[str]) -> Callable[[Callable], Callable]:
 
 
 class Handlers:
-    """The page's event handlers; they keep nothing between two calls.
+    """The page's event handlers; nothing is left of a call when it ends.
 
     uploads: the folder that pictures of requests may be read from.
     """
@@ -79,16 +80,18 @@ class Handlers:
         Only changed values are sent in between; the last yield carries every one.
         """
         yield render.status("Reading the class names"), "", "", None, "", "", "", None
-        seen = None
-        for bar, result in self._watch(request, self._gpu_steps):
-            answers = None if result is None else _answers(result)
+        before = None
+        for bar, result in self._progress(request, self._gpu_steps):
+            now = None if result is None else _answered(result)
             if result is not None and result.finished:
                 break
-            if answers == seen:
+            if now == before:
                 yield bar, *(gr.skip(),) * (self.OUTPUTS - 1)
             else:
-                seen = answers
-                yield bar, *self._values(result, request)
+                # a picture that is written again could reach the browser by halves
+                pictures = before is None or before[0] != now[0]
+                before = now
+                yield bar, *self._values(result, request, pictures=pictures)
         yield render.finished(result.seconds["total"]), *self._values(result, request)
 
     @_endpoint(inputs.SWEEP_FIELDS)
@@ -97,34 +100,34 @@ class Handlers:
         if request.attack is None:
             raise InputError("Choose an attack first: a sweep shows what more of it does.")
         yield render.status("Reading the class names"), "", "", None
-        began, seen, published, found = time.monotonic(), None, "", None
-        for bar, found in self._watch(request, self._gpu_sweep):
-            points = None if found is None else len(found.probabilities["tapt"])
-            if points == seen:
+        began, before, published, result = time.monotonic(), None, "", None
+        for bar, result in self._progress(request, self._gpu_sweep):
+            points = result and [len(values) for values in result.probabilities.values()]
+            if points == before:
                 yield bar, gr.skip(), gr.skip(), gr.skip()
                 continue
-            seen = points
-            pack = self.service.model(request.backbone, request.pack).pack
-            published = published or render.published(pack)
-            yield bar, render.sweep(found), published, found.to_dict()
+            before = points
+            published = published or render.published(self._model(request).pack)
+            yield bar, render.sweep(result), published, result.to_dict()
         bar = render.finished(time.monotonic() - began)
-        yield bar, render.sweep(found), published, found.to_dict()
+        yield bar, render.sweep(result), published, result.to_dict()
 
     @_endpoint(inputs.FIELDS)
     def analyze(self, request: inputs.Request) -> Iterator[dict]:
         """The JSON object of `python -m tapt predict --json`, once all is there."""
-        for _, found in self._watch(request, self._gpu_steps):
-            result = found
+        result = None
+        for _, now in self._progress(request, self._gpu_steps):
+            result = now
             yield gr.skip()
         yield result.to_dict()
 
-    def _watch(
+    def _progress(
         self, request: inputs.Request, steps: Callable[[inputs.Request], Generator]
     ) -> Iterator[tuple[Any, Any]]:
         """Pairs of the status and what is there by then, nothing before the model is loaded."""
 
         def work() -> Generator[tuple[Progress, Any], None, None]:
-            yield from self._load(request.backbone, request.pack)  # here, not in a fork
+            yield from self._load(request.fields.backbone, request.fields.pack)  # not in a fork
             with closing(steps(request)) as computed:
                 yield from computed
 
@@ -143,43 +146,49 @@ class Handlers:
         def load(report: Callable[[int, int], None]) -> Model:
             return self.service.model(backbone, pack, report)
 
-        return (yield from watched("download", None, load))
+        return (yield from in_thread("download", None, load))
+
+    def _model(self, request: inputs.Request) -> Model:
+        return self.service.model(request.fields.backbone, request.fields.pack)
 
     def _steps(self, request: inputs.Request) -> Generator[tuple[Progress, Comparison], None, None]:
-        yield from self._computed(request, compare_steps, attack=request.attack)
+        yield from self._computed(request, Model.compare_steps)
 
     def _sweep_steps(
         self, request: inputs.Request
     ) -> Generator[tuple[Progress, Sweep], None, None]:
-        options = {"attack": request.attack, "epsilons": request.epsilons}
-        yield from self._computed(request, sweep_steps, **options)
+        yield from self._computed(request, sweep_steps, epsilons=request.epsilons)
 
     def _computed(
         self, request: inputs.Request, compute: Callable, **options: object
     ) -> Generator[tuple[Progress, Any], None, None]:
         try:
-            model = self.service.model(request.backbone, request.pack)
+            model = self._model(request)
             steps = compute(
-                self.service.defender(model, request.classes),
+                model,
                 request.picture,
-                threat=request.threat,
+                request.classes,
+                attack=request.attack,
+                attacked=request.fields.attacked_model,
                 label=request.label,
                 target=request.target,
-                draws=DRAWS,
-                config=model.pack.test_time.updated(**request.changes),
-                seed=request.seed,
+                draws=_draws(request),
+                settings=_changes(model, request),
+                seed=request.fields.seed,
                 **options,
             )
-            names = {"backbone": model.backbone_name, "pack": model.pack_name}
             with closing(steps):
                 for progress, result in steps:
-                    result.settings.update(names)  # no folders of the server
                     yield progress, _snapshot(result)
         except TaptError as error:  # another process can only hand on gradio's own errors
             raise inputs.refusal(error) from error
 
-    def _values(self, result: Comparison, request: inputs.Request) -> tuple[Any, ...]:
-        attacked = result.attacked is not None
+    def _values(
+        self, result: Comparison, request: inputs.Request, *, pictures: bool = True
+    ) -> tuple[Any, ...]:
+        both = None
+        if result.attacked is not None:
+            both = to_picture(result.clean), to_picture(result.attacked)
         embedded = result.settings["backbone"] == EMBEDDED_BACKBONE
         unknown = known.unknown_names(result.classes) if embedded else []
         numbers = {
@@ -195,9 +204,9 @@ class Handlers:
         return (
             render.verdict(result, unknown),
             render.table(result) + render.facts(result),
-            (to_picture(result.clean), to_picture(result.attacked)) if attacked else None,
+            both if pictures else gr.skip(),
             render.perturbation(result),
-            details.what_tapt_did(result),
+            details.what_happened(result),
             take_away,
             numbers,
         )
@@ -209,7 +218,7 @@ class Handlers:
             if link:
                 values = links.from_link(link)
                 request = inputs.read_request(values, self.uploads)
-                model = self.service.model(request.backbone, request.pack)
+                model = self._model(request)
                 values |= {"true_class": request.label or "", "target": request.target or ""}
                 names = [("", ""), *((name, name) for name in request.classes)]
                 for name in ("true_class", "target"):
@@ -228,22 +237,22 @@ class Handlers:
     def choose(self, backbone: str, pack: str = "") -> Iterator[tuple]:
         """The fields of the defence for a backbone and a pack, with the pack's own settings, and
         the line about the model."""
-        backbone, pack = (inputs.read_text("Name", name) for name in (backbone, pack))
         try:
+            asked = inputs.read_fields({"backbone": backbone, "pack": pack})
             at = Progress("Loading the model", 0, 0)
-            for step in with_heartbeat(self._load(backbone, pack)):
+            for step in with_heartbeat(self._load(asked.backbone, asked.pack)):
                 at = step[0] if step else at
                 bar = render.status(at.phase, at.done, at.total)
                 yield *(gr.skip(),) * len(MODEL_FIELDS), bar
-            yield self._model_values(self.service.model(backbone, pack), {})
+            yield self._model_values(self.service.model(asked.backbone, asked.pack), {})
         except TaptError as error:
-            said = f'<p class="t-warning">{html.escape(str(error))}</p>'
-            yield *(gr.skip(),) * len(MODEL_FIELDS), said  # in the place of the progress
+            text = f'<p class="t-warning">{html.escape(str(error))}</p>'
+            yield *(gr.skip(),) * len(MODEL_FIELDS), text  # in the place of the progress
             raise inputs.refusal(error) from error
 
     def packs(self, backbone: str, pack: str) -> dict:
         """The choices of the pack, those of the Hub among them, and a word where it is silent."""
-        backbone = backbone or self.service.first.backbone_name
+        backbone = backbone or self.service.first.backbone.name
         names, info = self.service.packs(backbone), render.PACK_INFO
         try:
             names += self.service.hub_packs(backbone)
@@ -252,15 +261,16 @@ class Handlers:
         return gr.update(choices=list(dict.fromkeys([*names, pack])), info=info)
 
     def _model_values(self, model: Model, changed: Mapping[str, object]) -> tuple:
-        own = model.pack.test_time.to_dict() | {"tune_steps": model.pack.test_time.steps}
-        own |= {name: value for name, value in changed.items() if value is not None}
-        names = list(dict.fromkeys([*self.service.packs(model.backbone_name), model.pack_name]))
-        packs = gr.update(choices=names, value=model.pack_name)
-        numbers = (own[name] for name in MODEL_FIELDS[2:])
-        return model.backbone_name, packs, *numbers, render.model_line(model)
+        own = _own_settings(model)
+        values = {name: own[setting] for name, setting in inputs.TEST_TIME.items()}
+        values |= {k: v for k, v in changed.items() if k in values and v is not None}
+        backbone, pack = model.backbone.name, model.pack.name
+        names = list(dict.fromkeys([*self.service.packs(backbone), pack]))
+        packs = gr.update(choices=names, value=pack)
+        return backbone, packs, *values.values(), render.model_line(model)
 
     def preview(self, picture: Image.Image | None, backbone: str) -> str:
-        """What the model will see of a picture."""
+        """What the model gets of a picture."""
         if picture is None:
             return ""
         try:
@@ -284,7 +294,10 @@ class Handlers:
     def classes(self, text: str, true_class: str, target: str, backbone: str) -> tuple:
         """What is to say about the class names, and the choices of the true class and target."""
         every = class_names((text or "")[: inputs.MAX_TEXT])
-        names = list(dict.fromkeys(every))
+        first: dict[str, str] = {}
+        for name in every:
+            first.setdefault(name.casefold(), name)
+        names = list(first.values())
         choices = names[:MAX_CLASSES]
         unknown, too_long = None, []
         if backbone == EMBEDDED_BACKBONE:
@@ -295,39 +308,54 @@ class Handlers:
             for empty, value in ((render.NO_LABEL, true_class), (render.NO_TARGET, target))
         )
 
-    def attack(self, name: str, threat: str) -> tuple:
-        """The lines that explain an attack and its view, and which fields apply to it: epsilon,
-        attacked model, step size, target."""
-        row = ATTACKS.get(name)
+    def attack(self, name: str, attacked: str) -> tuple:
+        """The lines that explain an attack and the attacked model, and which fields apply to it:
+        epsilon, attacked model, step size, target."""
+        method = METHODS.get(name)
         shown = (
-            row is not None and row.norm == "Linf",
-            row is not None,
-            row is not None and row.step_size,
-            row is not None and row.targeted,
+            method is not None and method.norm == "Linf",
+            method is not None,
+            method is not None and method.step_size,
+            method is not None and method.targeted,
         )
-        return render.attack_note(row, threat), *(gr.update(visible=on) for on in shown)
+        return render.attack_note(method, attacked), *(gr.update(visible=on) for on in shown)
 
     def estimate(self, *values: object) -> str:
-        """How long an attack on the deployed TAPT will take; nothing for the other attacks."""
+        """How long an attack on the deployed defence will take; nothing for the other attacks."""
         try:
             raw = dict(zip(inputs.FIELDS, values, strict=True))
             request = inputs.read_request(raw, self.uploads)
-            if request.attack is None or request.threat in THREATS:
+            if request.attack is None or request.fields.attacked_model != "deployed":
                 return ""
-            self.service.model(request.backbone, request.pack)  # loaded here, not in a fork
+            self._model(request)  # loaded here, not in a fork
             return render.estimate(*self._gpu_estimate(request))
         except (TaptError, gr.Error):
             return ""  # Run says what is wrong
 
     def _estimate(self, request: inputs.Request) -> Generator[float, None, None]:
-        model = self.service.model(request.backbone, request.pack)
-        yield attack_seconds(
-            self.service.defender(model, request.classes),
-            "tapt",
-            request.attack,
-            config=model.pack.test_time.updated(**request.changes),
-            draws=1 if request.threat == "square" else DRAWS,
-        )
+        model = self._model(request)
+        clip, changes = model.prepare(request.classes), _changes(model, request)
+        prepared = model.prepare_defenses(clip, [VICTIM], changes)[VICTIM]
+        yield attack_seconds(prepared, request.attack, draws=_draws(request))
+
+
+def _own_settings(model: Model) -> dict[str, Any]:
+    """The pack's test-time settings by name; where two defences have one, the later one's."""
+    own: dict[str, Any] = {}
+    for defense in find_defenses():
+        own |= model.settings(defense).model_dump()
+    return own
+
+
+def _changes(model: Model, request: inputs.Request) -> dict[str, float]:
+    """The test-time settings that the request changes."""
+    own = _own_settings(model)
+    return {name: value for name, value in request.changes.items() if value != own[name]}
+
+
+def _draws(request: inputs.Request) -> int:
+    """A query is one draw; a gradient is an average."""
+    return DRAWS if request.attack is None or request.attack.method.gradients else 1
 
 
 def _snapshot(value: Any) -> Any:
@@ -343,10 +371,7 @@ def _snapshot(value: Any) -> Any:
     return value
 
 
-def _answers(result: Comparison) -> set[tuple[str, str]]:
-    return {
-        (name, kind)
-        for name, kinds in result.results.items()
-        for kind, probabilities in kinds.items()
-        if probabilities is not None
-    }
+def _answered(result: Comparison) -> tuple[bool, list[bool]]:
+    """What is there, to be compared."""
+    answers = [answer for row in result.answers.values() for answer in (row.clean, row.attacked)]
+    return result.attacked is not None, [answer is not None for answer in answers]

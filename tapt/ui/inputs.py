@@ -8,81 +8,101 @@ from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 import gradio as gr
 from gradio.data_classes import ImageData
 from PIL import Image
-from pydantic import ValidationError
+from pydantic import Field, ValidationError, field_validator
 
-from tapt.attacks import ATTACKS, AttackConfig
-from tapt.compare import ALL_THREATS
-from tapt.defense import parse_classes
-from tapt.errors import InputError
-from tapt.images import open_image
+from tapt.core.attacks import METHODS, Attack
+from tapt.core.errors import InputError
+from tapt.core.images import open_image
+from tapt.core.settings import Settings, limits, plain_type, shown
+from tapt.core.tuning import TuneConfig
+from tapt.data.names import parse_classes
+from tapt.model import ATTACKED_MODELS
 
 MAX_BYTES = 10_000_000
 MAX_TEXT = 100_000
 NOT_A_PICTURE = "Send the picture as an uploaded file or as a data: URL."
 
 
-@dataclass(frozen=True)
-class Number:
-    """A number that a request may hold: its name on the page, its range, one line for the person
-    who chooses, and what stands for None."""
-
-    label: str
-    low: int
-    high: int
-    info: str
-    default: float | None = 0
-    whole: bool = True
+def _of(owner: type[Settings], name: str, title: str, default: Any, most: int | None = None) -> Any:
+    """A field as its own class declares it, with what the page calls it and, for everybody's
+    sake, at most as much as `most`."""
+    field = owner.model_fields[name]
+    low, high = limits(field)
+    text = f"{field.description}."
+    text = text[0].upper() + text[1:]
+    return Field(default, title=title, description=text, ge=low, le=most or high)
 
 
-NUMBERS = {
-    "epsilon": Number("Epsilon", 0, 16, "Largest change of a pixel, in 1/255; 0: no attack.", 4),
-    "steps": Number("Attack steps", 0, 5000, "Or queries; 0: the attack's own number."),
-    "step_size": Number("Step size", 0, 16, "In 1/255; 0: 2.5 × epsilon / steps.", whole=False),
-    "seed": Number("Seed", 0, 2**31 - 1, "Of the views and of all that is random in the attack."),
-    "views": Number("Views", 1, 256, "The picture and random crops of it.", None),
-    "keep": Number("Kept share", 0, 1, "The most confident views take part.", None, False),
-    "tune_steps": Number("Tuning steps", 0, 20, "AdamW steps; the method takes one.", None),
-    "lr": Number("Learning rate", 0, 1, "Of the tuning steps.", None, False),
-    "alpha": Number(
-        "Alpha",
+class Fields(Settings):
+    """What a request holds beside the picture, in the order of the API's parameters and in the
+    units of the page. None among the test-time settings leaves the pack's own."""
+
+    class_names: str = ""
+    attack: Literal[("none", *METHODS)] = "none"
+    epsilon: int = Field(
+        4,
+        ge=0,
+        le=16,
+        title="Epsilon",
+        description="Largest change of a pixel, in 1/255; 0: no attack.",
+    )
+    attacked_model: Literal[ATTACKED_MODELS] = "clip"
+    true_class: str = ""
+    steps: int = Field(
         0,
-        1,
-        "Share of the adversarial statistics; the clean ones get the rest.",
-        None,
-        False,
-    ),
-    "max_epsilon": Number("Largest epsilon", 1, 16, "In 1/255; the sweep begins at 0.", 8),
-    "epsilon_step": Number("Step", 1, 8, "Between two points, in 1/255.", 1),
-}
-# what a request is made of, in the order of the API's parameters
-FIELDS = (
-    "image",
-    "class_names",
-    "attack",
-    "epsilon",
-    "threat",
-    "true_class",
-    "steps",
-    "step_size",
-    "target",
-    "seed",
-    "backbone",
-    "pack",
-    "views",
-    "keep",
-    "tune_steps",
-    "lr",
-    "alpha",
-)
-SWEEP_FIELDS = (*(name for name in FIELDS if name != "epsilon"), "max_epsilon", "epsilon_step")
-TEXTS = {"class_names": "Class names", "true_class": "True class", "target": "Target"}
+        ge=0,
+        le=5000,
+        title="Attack steps",
+        description="Or queries; 0: the attack's own number.",
+    )
+    step_size: float = Field(
+        0, ge=0, le=16, title="Step size", description="In 1/255; 0: 2.5 × epsilon / steps."
+    )
+    target: str = ""
+    seed: int = _of(Attack, "seed", "Seed", 0)
+    backbone: str = ""
+    pack: str = ""
+    views: int | None = _of(TuneConfig, "views", "Views", None, 256)
+    keep: float | None = _of(TuneConfig, "keep", "Kept share", None)
+    tune_steps: int | None = _of(TuneConfig, "steps", "Tuning steps", None, 20)
+    lr: float | None = _of(TuneConfig, "lr", "Learning rate", None, 1)
+    alpha: float | None = _of(TuneConfig, "alpha", "Alpha", None)
+    max_epsilon: int = Field(
+        8, ge=1, le=16, title="Largest epsilon", description="In 1/255; the sweep begins at 0."
+    )
+    epsilon_step: int = Field(
+        1, ge=1, le=8, title="Step", description="Between two points, in 1/255."
+    )
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole(cls, value: object) -> object:
+        return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    @field_validator("class_names", "true_class", "target", "backbone", "pack")
+    @classmethod
+    def _text(cls, value: str) -> str:
+        if len(value) > MAX_TEXT:
+            raise InputError(f"Texts have at most {MAX_TEXT:,} characters, got {len(value):,}")
+        if any("\ud800" <= character <= "\udfff" for character in value):  # JSON lets these through
+            raise InputError("Texts must be valid Unicode; half of a surrogate pair is in one")
+        return value
+
+
+SWEEP_ONLY = ("max_epsilon", "epsilon_step")
+NAMES = tuple(Fields.model_fields)
+# parameters of the endpoints
+FIELDS = ("image", *(name for name in NAMES if name not in SWEEP_ONLY))
+SWEEP_FIELDS = (*(name for name in FIELDS if name != "epsilon"), *SWEEP_ONLY)
+TEST_TIME = {"views": "views", "keep": "keep", "tune_steps": "steps", "lr": "lr", "alpha": "alpha"}
 
 
 def refusal(error: Exception | str) -> gr.Error:
@@ -119,30 +139,33 @@ class PictureInput(gr.Image):
 class Request:
     """A checked request.
 
-    epsilons: of a sweep.
-    changes: test-time settings that replace the pack's own; None leaves one as it is.
     values: as they came, without the picture.
     """
 
     picture: Image.Image
+    fields: Fields
     classes: tuple[str, ...]
-    attack: AttackConfig | None
-    threat: str
+    attack: Attack | None
     label: str | None
     target: str | None
-    seed: int
-    epsilons: tuple[int, ...]
-    backbone: str
-    pack: str
-    changes: dict[str, float | None]
     values: dict[str, object]
+
+    @property
+    def epsilons(self) -> range:
+        """Of a sweep, in 1/255."""
+        return range(0, self.fields.max_epsilon + 1, self.fields.epsilon_step)
+
+    @property
+    def changes(self) -> dict[str, float]:
+        """Test-time settings by their own names."""
+        given = ((own, getattr(self.fields, name)) for name, own in TEST_TIME.items())
+        return {name: value for name, value in given if value is not None}
 
 
 def read_request(values: Mapping[str, object], uploads: str) -> Request:
     """Checks a request.
 
-    values: by the names of `FIELDS` or `SWEEP_FIELDS`; what is missing counts as None, and None
-        as the default.
+    values: `image` and what `Fields` has; what is missing or None counts as the default.
     uploads: the only folder that the picture may be read from.
 
     Raises:
@@ -153,39 +176,36 @@ def read_request(values: Mapping[str, object], uploads: str) -> Request:
     picture = read_picture(payload, uploads)
     if picture is None:
         raise InputError("Choose a picture first: upload one, paste one or pick an example.")
-    texts = {name: read_text(title, values.get(name)) for name, title in TEXTS.items()}
-    classes = tuple(parse_classes(texts["class_names"]))
-    numbers = {name: read_number(name, values.get(name)) for name in NUMBERS}
-    attack = _attack(read_choice("Attack", values.get("attack"), ("none", *ATTACKS)), numbers)
-    threat = read_choice("The attacked model", values.get("threat"), ALL_THREATS)
-    if threat == "adaptive" and attack is not None and attack.name == "square":
-        threat = "square"  # queries need no gradients to be adaptive
-    names = ("views", "keep", "lr", "alpha")
+    fields = read_fields(values)
+    classes = tuple(parse_classes(fields.class_names))
+    attack = _attack(fields)
     return Request(
         picture,
+        fields,
         classes,
         attack,
-        threat,
-        read_class("true class", texts["true_class"], classes),
-        None if attack is None else read_class("target", texts["target"], classes),
-        numbers["seed"],
-        tuple(range(0, numbers["max_epsilon"] + 1, numbers["epsilon_step"])),
-        read_text("Backbone", values.get("backbone")),
-        read_text("Pack", values.get("pack")),
-        {**{name: numbers[name] for name in names}, "steps": numbers["tune_steps"]},
+        read_class("true class", fields.true_class, classes),
+        None if attack is None else read_class("target", fields.target, classes),
         {name: values.get(name) for name in FIELDS[1:]},
     )
 
 
-def _attack(name: str, numbers: Mapping[str, float]) -> AttackConfig | None:
-    if name == "none" or (ATTACKS[name].norm == "Linf" and not numbers["epsilon"]):
+def read_fields(values: Mapping[str, object]) -> Fields:
+    """What `Fields` has of `values`, checked; raises `InputError`."""
+    return Fields(**{k: values[k] for k in NAMES if values.get(k) is not None})
+
+
+def _attack(fields: Fields) -> Attack | None:
+    if fields.attack == "none":
         return None
-    return AttackConfig(
-        name,
-        max(1, numbers["epsilon"]) / 255,  # CW has none
-        numbers["steps"] or None,
-        numbers["step_size"] / 255 or None,
-        seed=numbers["seed"],
+    if METHODS[fields.attack].norm == "Linf" and not fields.epsilon:
+        return None
+    return Attack(
+        fields.attack,
+        max(1, fields.epsilon) / 255,  # CW has none
+        fields.steps or None,
+        fields.step_size / 255 or None,
+        seed=fields.seed,
     )
 
 
@@ -225,55 +245,6 @@ def _data_url(url: str) -> bytes:
         raise InputError("The data: URL of the picture is not valid base64.") from error
 
 
-def read_text(name: str, value: object) -> str:
-    """Text of a request; None counts as empty.
-
-    Raises:
-        InputError: not text, or longer than any sensible list of names.
-    """
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        raise InputError(f"{name} must be text, got {_shown(value)}.")
-    if len(value) > MAX_TEXT:
-        raise InputError(f"{name} must be at most {MAX_TEXT:,} characters, got {len(value):,}.")
-    if any("\ud800" <= character <= "\udfff" for character in value):  # JSON lets these through
-        raise InputError(f"{name} must be valid Unicode; half of a surrogate pair is in it.")
-    return value
-
-
-def read_number(name: str, value: object) -> float | None:
-    """A number of `NUMBERS`; None counts as its default.
-
-    Raises:
-        InputError: not a number, not finite, not whole where it must be, or out of range.
-    """
-    rule = NUMBERS[name]
-    if value is None:
-        return rule.default
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or not rule.low <= value <= rule.high or (rule.whole and value != int(value)):
-        kind = "a whole number" if rule.whole else "a number"
-        raise InputError(
-            f"{rule.label} must be {kind} from {rule.low} to {rule.high}, got {_shown(value)}."
-        )
-    return int(value) if rule.whole else float(value)
-
-
-def read_choice(name: str, value: object, allowed: Iterable[str]) -> str:
-    """One of the allowed words; None counts as the first.
-
-    Raises:
-        InputError: something else.
-    """
-    allowed = list(allowed)
-    if value is None:
-        return allowed[0]
-    if not isinstance(value, str) or value not in allowed:
-        raise InputError(f"{name} must be one of {', '.join(allowed)}, got {_shown(value)}.")
-    return value
-
-
 def read_class(name: str, text: str, classes: tuple[str, ...]) -> str | None:
     """A class as it stands among the class names; None when nobody named one.
 
@@ -286,9 +257,20 @@ def read_class(name: str, text: str, classes: tuple[str, ...]) -> str | None:
     for known in classes:
         if known.casefold() == wanted:
             return known
-    raise InputError(f"The {name} {_shown(text.strip())} is not one of the class names.")
+    raise InputError(f"The {name} {shown(text.strip())} is not one of the class names.")
 
 
-def _shown(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def number(name: str, kind: type = gr.Number, **options: object) -> gr.components.Component:
+    """The input of a number, as `Fields` declares it."""
+    field = Fields.model_fields[name]
+    low, high = limits(field)
+    return kind(
+        value=field.default,
+        label=field.title,
+        info=field.description,
+        minimum=low,
+        maximum=high,
+        step=1 if plain_type(field) is int else 0.0001,
+        min_width=120,
+        **options,
+    )

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
-from tapt.datasets import benchmarks
+from tapt.data.benchmarks import benchmarks
 
 KINDS = {
     "airplane": ("plane", "aeroplane", "jet", "aircraft", "airliner", "jumbo jet"),
@@ -58,7 +58,7 @@ class Example(NamedTuple):
 
     @property
     def path(self) -> Path:
-        return Path(__file__).parent / "examples" / self.file
+        return Path(__file__).parents[1] / "examples" / self.file
 
 
 EXAMPLES = [

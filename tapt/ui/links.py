@@ -9,7 +9,7 @@ import zlib
 
 from PIL import Image
 
-from tapt.errors import InputError
+from tapt.core.errors import InputError
 from tapt.ui.render import png_url
 
 MAX_LINK = 2_000_000  # characters; browsers take no longer ones

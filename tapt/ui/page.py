@@ -6,21 +6,25 @@ import json
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import gradio as gr
 
-from tapt.attacks import ATTACKS
-from tapt.compare import ALL_THREATS
-from tapt.defense import THREATS
-from tapt.images import open_image
+from tapt.core.attacks import METHODS
+from tapt.core.images import open_image
+from tapt.core.settings import limits
+from tapt.model import ATTACKED_MODELS
 from tapt.ui import known, render
 from tapt.ui.handlers import MODEL_FIELDS, Handlers
 from tapt.ui.inputs import (
     FIELDS,
     MAX_BYTES,
-    NUMBERS,
     SWEEP_FIELDS,
+    TEST_TIME,
+    Fields,
     PictureInput,
+    number,
+    refusal,
 )
 from tapt.ui.service import Service
 
@@ -29,21 +33,25 @@ MAX_WAITING = 32
 MAX_SESSIONS = 50  # of which gradio keeps the last results; each call of the API is one
 DEFAULT_ATTACK = "pgd"
 QUIET = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+UNFIT = (
+    "This request does not fit: send every parameter in the order of /gradio_api/info, and "
+    "pictures as uploaded files or data: URLs."
+)
+MOST = Fields.model_fields["epsilon"]
 API_INPUTS = f"""
 image: the picture. class_names: one per line or separated by commas, two at least.
-attack: {", ".join(("none", *ATTACKS))}. epsilon: L-inf radius in 1/255, a whole number from 0 (no
-attack) to {NUMBERS["epsilon"].high}. threat: the attacked model, {", ".join(ALL_THREATS)}
-(the latter two: the deployed TAPT, by queries of the attack square or by gradients).
-true_class: one of the class names, or empty for vanilla CLIP's own clean answer. steps: of the
-attack, 0 for its own number. step_size: in 1/255, 0 for automatic. target: a class name to move
+attack: {", ".join(("none", *METHODS))}. epsilon: L-inf radius in 1/255, a whole number from 0 (no
+attack) to {limits(MOST)[1]}. attacked_model: what the attack sees, {", ".join(ATTACKED_MODELS)}
+(the deployed TAPT). true_class: one of the class names, or empty where it is not known. steps: of
+the attack, 0 for its own number. step_size: in 1/255, 0 for automatic. target: a class name to move
 towards, or empty. seed: of views and attack. backbone, pack: names that the page offers.
 views, keep, tune_steps, lr, alpha: test-time settings, the pack's own where they are left out."""
-COMPARE_API = f"""Compares vanilla CLIP and TAPT on one picture, attacked or not.
+COMPARE_API = f"""Compares vanilla CLIP and its defences on one picture, attacked or not.
 {API_INPUTS}
 The last of the returned values is a JSON object with all numbers; the others are what the page
 shows: HTML, and the original and the attacked 8-bit image as PNG files."""
-ANALYZE_API = f"""Vanilla CLIP, static prompts, untuned view ensemble and TAPT on one picture,
-attacked or not: every probability as one JSON object.
+ANALYZE_API = f"""Vanilla CLIP and its defences on one picture, attacked or not: every
+probability as one JSON object.
 {API_INPUTS}"""
 SWEEP_API = f"""Attacks one picture with growing epsilon and returns every defence's probability
 of the true class, as a JSON object in the last value; the others are what the page shows.
@@ -80,6 +88,19 @@ THEME = gr.themes.Default(
 )
 
 
+class Page(gr.Blocks):
+    """Blocks that refuse a request which gradio cannot read in a sentence, with nothing in the
+    log."""
+
+    async def preprocess_data(self, *values: Any, **options: Any) -> Any:
+        try:
+            return await super().preprocess_data(*values, **options)
+        except gr.Error:
+            raise
+        except Exception as error:
+            raise refusal(UNFIT) from error
+
+
 def launch_options() -> dict:
     """Options of `launch()` that belong to the page and not to the address it is served on."""
     return {
@@ -99,7 +120,7 @@ def launch_options() -> dict:
 def build_page(service: Service) -> gr.Blocks:
     """The whole page for a service, with its queue."""
     # uploads live a day: a short age would delete a queued picture before its turn
-    with gr.Blocks(title="TAPT", delete_cache=(3600, 86400), analytics_enabled=False) as page:
+    with Page(title="TAPT", delete_cache=(3600, 86400), analytics_enabled=False) as page:
         gr.HTML(render.header(), apply_default_css=False)
         model_line = gr.HTML(apply_default_css=False, elem_id="model-line")
         fields: dict[str, gr.components.Component] = {}
@@ -130,7 +151,7 @@ def build_page(service: Service) -> gr.Blocks:
         _wire_model(handlers, fields, reset, model_line)
         with examples:
             _examples([fields[name] for name in ("image", "class_names", "attack", "true_class")])
-        note.value = handlers.classes(known.TEN_KINDS, "", "", service.first.backbone_name)[0]
+        note.value = handlers.classes(known.TEN_KINDS, "", "", service.first.backbone.name)[0]
         # not the components' values, which would become the API's defaults
         link = gr.Textbox(visible=False)
         page.load(
@@ -158,8 +179,8 @@ def _sweep_inputs(fields: dict) -> None:
         apply_default_css=False,
     )
     with gr.Row():
-        _number(fields, "max_epsilon")
-        _number(fields, "epsilon_step")
+        fields["max_epsilon"] = number("max_epsilon")
+        fields["epsilon_step"] = number("epsilon_step")
 
 
 def _sweep_outputs() -> list[gr.components.Component]:
@@ -214,7 +235,7 @@ def _class_inputs(fields: dict) -> tuple[gr.Dropdown, gr.HTML]:
         [(render.NO_LABEL, ""), *known.KINDS],
         value="",
         label="True class",
-        info="What counts as right.",
+        info="What counts as right. Not known: the attack leaves CLIP's own answer.",
         allow_custom_value=True,  # the choices follow the class names
         elem_id="true-class",
     )
@@ -224,37 +245,28 @@ def _class_inputs(fields: dict) -> tuple[gr.Dropdown, gr.HTML]:
 def _attack_inputs(fields: dict) -> tuple[gr.HTML, gr.HTML]:
     with gr.Group():
         fields["attack"] = gr.Dropdown(
-            [("none", "none"), *((row.title, name) for name, row in ATTACKS.items())],
+            [("none", "none"), *((row.title, name) for name, row in METHODS.items())],
             value=DEFAULT_ATTACK,
             label="Attack",
             elem_id="attack",
         )
-        epsilon = NUMBERS["epsilon"]
-        fields["epsilon"] = gr.Slider(
-            epsilon.low,
-            epsilon.high,
-            value=epsilon.default,
-            step=1,
-            label=epsilon.label,
-            info=epsilon.info,
-            elem_id="epsilon",
-        )
-        fields["threat"] = gr.Radio(
-            [(render.THREATS[name][0], name) for name in (*THREATS, "adaptive")],
-            value=THREATS[0],
+        fields["epsilon"] = number("epsilon", gr.Slider, elem_id="epsilon")
+        fields["attacked_model"] = gr.Radio(
+            [(render.attacked_name(name), name) for name in ATTACKED_MODELS],
+            value=ATTACKED_MODELS[0],
             label="The attack sees",
-            elem_id="threat",
+            elem_id="attacked-model",
         )
         note = gr.HTML(
-            render.attack_note(ATTACKS[DEFAULT_ATTACK], THREATS[0]),
+            render.attack_note(METHODS[DEFAULT_ATTACK], ATTACKED_MODELS[0]),
             apply_default_css=False,
             elem_id="attack-note",
         )
         estimate = gr.HTML(apply_default_css=False, elem_id="estimate")
     with gr.Accordion("More about the attack", open=False, elem_id="more-attack"):
         with gr.Row():
-            _number(fields, "steps")
-            _number(fields, "step_size")
+            fields["steps"] = number("steps")
+            fields["step_size"] = number("step_size")
         fields["target"] = gr.Dropdown(
             [(render.NO_TARGET, ""), *known.KINDS],
             value="",
@@ -263,7 +275,7 @@ def _attack_inputs(fields: dict) -> tuple[gr.HTML, gr.HTML]:
             allow_custom_value=True,
             elem_id="target",
         )
-        _number(fields, "seed")
+        fields["seed"] = number("seed")
     return note, estimate
 
 
@@ -271,13 +283,13 @@ def _defense_inputs(fields: dict, service: Service) -> gr.Button:
     with gr.Accordion("Defence", open=False, elem_id="defense"):
         fields["backbone"] = gr.Dropdown(
             list(service.backbones),
-            value=service.first.backbone_name,
+            value=service.first.backbone.name,
             label="Backbone",
             allow_custom_value=not service.on_space,
             elem_id="backbone",
         )
         fields["pack"] = gr.Dropdown(
-            service.packs(service.first.backbone_name),
+            service.packs(service.first.backbone.name),
             value=None,
             label="Prompts",
             info=render.PACK_INFO,
@@ -285,26 +297,9 @@ def _defense_inputs(fields: dict, service: Service) -> gr.Button:
             elem_id="pack",
         )
         with gr.Row():
-            _number(fields, "views")
-            _number(fields, "keep")
-        with gr.Row():
-            _number(fields, "tune_steps")
-            _number(fields, "lr")
-        _number(fields, "alpha")
+            for name in TEST_TIME:
+                fields[name] = number(name)
         return gr.Button("Back to the pack's own settings", size="sm", elem_id="reset")
-
-
-def _number(fields: dict, name: str) -> None:
-    rule = NUMBERS[name]
-    fields[name] = gr.Number(
-        rule.default,
-        label=rule.label,
-        info=rule.info,
-        minimum=rule.low,
-        maximum=rule.high,
-        step=1 if rule.whole else 0.0001,
-        min_width=120,
-    )
 
 
 def _outputs() -> list[gr.components.Component]:
@@ -377,8 +372,8 @@ def _wire_classes(handlers: Handlers, fields: dict, preset: gr.Dropdown, note: g
 
 
 def _wire_attack(handlers: Handlers, fields: dict, note: gr.HTML, estimate: gr.HTML) -> None:
-    inputs = [fields["attack"], fields["threat"]]
-    shown = [note, *(fields[name] for name in ("epsilon", "threat", "step_size", "target"))]
+    inputs = [fields["attack"], fields["attacked_model"]]
+    shown = [note, *(fields[name] for name in ("epsilon", "attacked_model", "step_size", "target"))]
     changes = [field.change for field in inputs]
     gr.on(changes, handlers.attack, inputs, shown, trigger_mode="always_last", **QUIET)
     gr.on(

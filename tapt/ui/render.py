@@ -11,60 +11,30 @@ from html import escape
 from PIL import Image
 from torch import Tensor
 
-from tapt.adaptive import DEPLOYED_THREATS
-from tapt.attacks import ATTACKS, Attack
-from tapt.compare import Comparison
-from tapt.defense import DEFENSES
-from tapt.images import amplified_difference, to_picture
-from tapt.losses import kept_views_count
-from tapt.pack import Pack
-from tapt.report import attack_name
-from tapt.sweep import Sweep
+from tapt.comparison import UNTRAINED, Comparison, attacked_title
+from tapt.core.attacks import METHODS, Method
+from tapt.core.images import amplified_difference, to_picture
+from tapt.defenses import Defense, find_defenses, list_defenses
+from tapt.evaluation.sweep import Sweep
+from tapt.model import VICTIM, Model
+from tapt.packs.format import Pack
+from tapt.packs.rows import Row, attack_name, defense_name
 from tapt.ui.chart import line_chart, plain_table
+from tapt.ui.inputs import TEST_TIME
 from tapt.ui.known import KINDS
-from tapt.ui.service import Model
+from tapt.ui.service import EMBEDDED_BACKBONE
 
-UNTRAINED = "untrained prompts, entropy only"
 TOP = 5
 PACK_INFO = "A pack for this backbone: one from the list, or owner/repo of the Hub."
-NO_LABEL = "CLIP's own answer to the original"
+NO_LABEL = "not known"
 NO_TARGET = "none: away from the true class"
-MODELS = {
-    "clip": ("Vanilla CLIP", "no defence"),
-    "static": ("Static prompts", "before the test-time step"),
-    "ensemble": ("Untuned view ensemble", "the kept views under the static prompts, no step"),
-    "tapt": ("TAPT", "prompts tuned for this one picture"),
+ABOUT = {  # the attacked models
+    "clip": "CLIP without prompts; the other rows then face a transferred attack.",
+    "static": "The prompts before the test-time step, as in the paper's own protocol; for TAPT "
+    "still a transferred attack.",
+    "deployed": "Every pass of the attack runs the whole defence on fresh views. Slow.",
 }
-# per attacked model its name, what the attack then is, and a line for the person who chooses
-THREATS = {
-    "clip": (
-        "vanilla CLIP",
-        "white-box",
-        "White-box on CLIP without prompts; the other rows then face a transferred attack.",
-    ),
-    "static": (
-        "static prompts",
-        "white-box",
-        "White-box on the prompts before the test-time step, as in the paper's own protocol; for "
-        "TAPT still a transferred attack.",
-    ),
-    "adaptive": (
-        "deployed TAPT",
-        "adaptive: through the test-time step, over fresh views",
-        "Adaptive: every step of the attack runs the whole defence on fresh views. Slow.",
-    ),
-    "square": (
-        "deployed TAPT",
-        "black-box: by its answers alone",
-        "Black-box: every query runs the whole defence on fresh views. Slow.",
-    ),
-}
-PHASES = {
-    "vanilla CLIP": "Asking vanilla CLIP",
-    "attack": "Attacking the picture",
-    "download": "Fetching the model",
-    "TAPT on the clean image": "TAPT on the original image",
-}
+PHASES = {"attack": "Attacking the picture", "download": "Fetching the model"}
 KNOWS = f"{', '.join(list(KINDS)[:-1])} and {list(KINDS)[-1]}"
 
 
@@ -79,12 +49,12 @@ for each single picture, without labels, and asks again. Here you see both answe
 
 def model_line(model: Model) -> str:
     """What is loaded, and a warning where the prompts are untrained."""
-    size, name = model.backbone.image_size, model.backbone_name
-    name = f"{name}, the embedded CLIP" if model.embedded else name
-    line = f"Model: {name} ({size} × {size} pixels). Prompts: {model.pack_name}."
-    for what, origin in (("Backbone", model.backbone.origin), ("Pack", model.pack.origin)):
+    size, name = model.backbone.image_size, model.backbone.name
+    name = f"{name}, the embedded CLIP" if name == EMBEDDED_BACKBONE else name
+    line = f"Model: {name} ({size} × {size} pixels). Prompts: {model.pack.name}."
+    for what, origin in zip(("Backbone", "Pack"), model.origins, strict=True):
         line += f" {what}: {origin}." if origin else ""
-    warning = "" if model.pack.trained else _badge(f"TAPT: {UNTRAINED}")
+    warning = "" if model.pack.trained else _badge(f"{UNTRAINED}, entropy only")
     return f'<p class="t-small">{escape(line)}</p>{warning}'
 
 
@@ -120,18 +90,34 @@ def classes_note(
     return f'<p class="t-small">{note}</p>{warning}'
 
 
-def attack_note(row: Attack | None, threat: str) -> str:
-    """One line on the attack and one on the model that it sees."""
-    if row is None:
+def attack_note(method: Method | None, attacked: str) -> str:
+    """One line on the attack and one on the attacked model."""
+    if method is None:
         return '<p class="t-small">The picture stays as it is.</p>'
     lines = (
-        f"<strong>{row.title}:</strong> {escape(row.about)} ({row.steps} {row.unit} by default.)"
+        f"<strong>{method.title}:</strong> {escape(method.about)} "
+        f"({method.steps} {method.unit} by default.)"
     )
-    if threat in THREATS:
-        by_queries = threat == "adaptive" and row is ATTACKS["square"]
-        title, _, about = THREATS["square" if by_queries else threat]
-        lines += f"<br><strong>It sees {title}.</strong> {escape(about)}"
+    if attacked in ABOUT:
+        title = attacked_name(attacked)
+        lines += (
+            f"<br><strong>It sees {title}, {_how(method, attacked)}.</strong> {ABOUT[attacked]}"
+        )
     return f'<p class="t-small">{lines}</p>'
+
+
+def attacked_name(attacked: str) -> str:
+    """An attacked model in words, the deployed defence by its name."""
+    return attacked_title(f"deployed:{VICTIM}" if attacked == "deployed" else attacked)
+
+
+def _how(method: Method, attacked: str) -> str:
+    """What an attack is for the model that it sees."""
+    if not method.gradients:
+        return "black-box: by its answers alone"
+    if attacked.startswith("deployed"):
+        return "adaptive: through the whole defence, over fresh views"
+    return "white-box"
 
 
 def _unknown_warning(unknown: Sequence[str]) -> str:
@@ -205,29 +191,27 @@ def stopped() -> str:
 
 def verdict(result: Comparison, unknown: Sequence[str] = ()) -> str:
     """The sentence that says what happened."""
-    plain = result.settings["trained"] or "tapt" not in result.results
-    badge = "" if plain else f" {_badge(f'TAPT: {UNTRAINED}')}"
     warning = _unknown_warning(unknown) if unknown else ""
     return (
         f'<section class="t-card t-verdict"><p class="t-sentence">{escape(result.verdict())}'
-        f"{badge}</p>{warning}</section>"
+        f"</p>{warning}</section>"
     )
 
 
 def table(result: Comparison) -> str:
-    """The answer of every model on the original and the attacked image; the stylesheet shows the
+    """The answer of every defence on the original and the attacked image; the stylesheet shows the
     five most probable ones when they are asked for."""
     kinds = [("clean", "Original image")]
     if result.settings["attack"] is not None:
         kinds.append(("attacked", "Attacked image"))
     heads = "".join(f'<th scope="col">{title}</th>' for _, title in kinds)
     rows = []
-    for name in DEFENSES:
-        cells = "".join(f"<td>{_cell(result, name, kind)}</td>" for kind, _ in kinds)
-        emphasis = ' class="t-tapt"' if name == "tapt" else ""
+    for defense in find_defenses(list(result.answers)):
+        cells = "".join(f"<td>{_cell(result, defense.name, kind)}</td>" for kind, _ in kinds)
         rows.append(
-            f'<tbody{emphasis}><tr><th scope="rowgroup" colspan="{len(kinds)}">'
-            f"{_model(name, result.settings['trained'])}</th></tr><tr>{cells}</tr></tbody>"
+            f'<tbody class="t-{escape(defense.name)}"><tr><th scope="rowgroup" '
+            f'colspan="{len(kinds)}">{_title(defense, result.settings["trained"])}</th></tr>'
+            f"<tr>{cells}</tr></tbody>"
         )
     return (
         f'<div class="t-card"><table class="t-table"><caption>{_caption(result)}</caption>'
@@ -235,41 +219,53 @@ def table(result: Comparison) -> str:
     )
 
 
-def _model(name: str, trained: bool) -> str:
-    title, what = MODELS[name]
-    badge = f" {_badge(UNTRAINED)}" if name in ("static", "tapt") and not trained else ""
-    return f'<span class="t-model">{title}</span> <span class="t-small">{what}</span>{badge}'
+def _title(defense: Defense, trained: bool) -> str:
+    badge = f" {_badge(UNTRAINED)}" if defense.uses_prompts and not trained else ""
+    return (
+        f'<span class="t-model">{escape(defense.title)}</span> '
+        f'<span class="t-small">{escape(defense.about)}</span>{badge}'
+    )
 
 
 def _caption(result: Comparison) -> str:
-    true_class = f"<strong>{escape(_cut(result.classes[result.label]))}</strong>"
-    if result.label_given:
-        return f"The true class is {true_class}, as you said."
-    return f"{true_class}, vanilla CLIP's own answer to the original, counts as right."
+    if result.label is None or not result.label_given:
+        return "No true class was given: an answer is kept or changed, not right or wrong."
+    name = escape(_cut(result.classes[result.label]))
+    return f"The true class is <strong>{name}</strong>, as you said."
 
 
 def _cell(result: Comparison, name: str, kind: str) -> str:
-    probabilities = result.results.get(name, {}).get(kind)
-    if probabilities is None:
+    answer = getattr(result[name], kind)
+    if answer is None:
         return '<p class="t-small t-pending">no answer yet</p>'
-    order = probabilities.argsort(descending=True).tolist()
-    shown = list(dict.fromkeys([*order[:TOP], result.label]))
-    items = "".join(_answer(result, probabilities, i, first=i == order[0]) for i in shown)
+    order = answer.probabilities.argsort(descending=True).tolist()
+    true = result.label if result.label_given else order[0]
+    shown = list(dict.fromkeys([*order[:TOP], true]))
+    mark = _mark(result, name, kind, order[0])
+    items = "".join(
+        _answer(result, answer.probabilities, i, mark if i == order[0] else None) for i in shown
+    )
     return f'<ul class="t-answers">{items}</ul>'
 
 
-def _answer(result: Comparison, probabilities: Tensor, index: int, *, first: bool) -> str:
-    right = index == result.label
-    mark = ""
-    if first:
-        word, sign = ("right", "✓") if right else ("wrong", "✗")
-        mark = f' <span class="t-mark t-{word}">{sign} {word}</span>'
+def _mark(result: Comparison, name: str, kind: str, answer: int) -> str:
+    """Right or wrong where the true class is known, else whether the attack changed the answer."""
+    if result.label_given:
+        word, sign = ("right", "✓") if answer == result.label else ("wrong", "✗")
+        return f' <span class="t-mark t-{word}">{sign} {word}</span>'
+    state = result.state(name) if kind == "attacked" else None
+    return f' <span class="t-mark">{state}</span>' if state else ""
+
+
+def _answer(result: Comparison, probabilities: Tensor, index: int, mark: str | None) -> str:
+    """A class with its probability; of the most probable one, with its mark."""
+    first, true = mark is not None, result.label_given and index == result.label
     value = float(probabilities[index])
-    marks = (("t-first", first), ("t-truth", right), ("t-rest", not first and not right))
-    classes = " ".join(mark for mark, on in marks if on)
+    marks = (("t-first", first), ("t-truth", true), ("t-rest", not first and not true))
+    classes = " ".join(name for name, on in marks if on)
     return (
-        f'<li class="{classes}"><span class="t-name">{escape(_cut(result.classes[index]))}{mark}'
-        f'</span><span class="t-value">{_percent(value)}</span>'
+        f'<li class="{classes}"><span class="t-name">{escape(_cut(result.classes[index]))}'
+        f'{mark or ""}</span><span class="t-value">{_percent(value)}</span>'
         f'<span class="t-bar" aria-hidden="true"><i style="width:{100 * value:.1f}%"></i></span>'
         "</li>"
     )
@@ -277,20 +273,19 @@ def _answer(result: Comparison, probabilities: Tensor, index: int, *, first: boo
 
 def facts(result: Comparison) -> str:
     """Attack, attacked model, epsilon, measured size, test-time settings and times, in words."""
-    settings, seconds = result.settings, result.seconds
-    config = settings["test_time"]
-    kept = kept_views_count(config["views"], config["keep"])
-    steps = f"{config['steps']} step{'' if config['steps'] == 1 else 's'}"
-    prompts = settings["pack"] if settings["trained"] else UNTRAINED
-    tapt = [v for k, v in seconds.items() if k.startswith("tapt_")]
-    times = [("CLIP", seconds.get("clip")), ("attack", seconds.get("attack"))]
-    times.append(("TAPT, per image", sum(tapt) / len(tapt) if tapt else None))
-    rows = [
-        *_attack_facts(result),
-        ("TAPT", f"{prompts}; {config['views']} views, {kept} kept, {steps}"),
-        ("Time", ", ".join(f"{k} {v:.2f} s" for k, v in times if v is not None)),
-    ]
-    items = "".join(f"<div><dt>{name}</dt><dd>{escape(text)}</dd></div>" for name, text in rows)
+    settings = result.settings
+    rows = [*_attack_facts(result), ("Prompts", settings["pack"])]
+    for name, own in settings["test_time"].items():
+        shown = [f"{key} {own[key]:g}" for key in TEST_TIME.values() if key in own]
+        rows += [(result.title(name), ", ".join(shown))] if shown else []
+    times = [f"attack {result.seconds['attack']:.2f} s"] if "attack" in result.seconds else []
+    for name, answers in result.answers.items():
+        own = [answer.seconds for answer in (answers.clean, answers.attacked) if answer]
+        times += [f"{result.title(name)} {sum(own) / len(own):.2f} s"] if own else []
+    rows.append(("Time, per image", ", ".join(times)))
+    items = "".join(
+        f"<div><dt>{escape(name)}</dt><dd>{escape(text)}</dd></div>" for name, text in rows
+    )
     return f'<dl class="t-card t-facts">{items}</dl>'
 
 
@@ -298,10 +293,9 @@ def _attack_facts(result: Comparison) -> list[tuple[str, str]]:
     settings, attack = result.settings, result.settings["attack"]
     if attack is None:
         return [("Attack", "none")]
-    row = ATTACKS[attack["name"]]
+    row = METHODS[attack["name"]]
     towards = f", towards {_cut(settings['target'])}" if settings["target"] else ""
-    note = f" ({UNTRAINED})" if settings["threat"] == "static" and not settings["trained"] else ""
-    name, how, _ = THREATS[settings["threat"]]
+    attacked = settings["attacked_model"]
     measured = "not yet"
     if result.attacked is not None:
         measured = f"L∞ {result.linf_255}/255, L2 {result.l2:.2f}"
@@ -309,7 +303,7 @@ def _attack_facts(result: Comparison) -> list[tuple[str, str]]:
         ("Attack", f"{row.title}, {attack['steps']} {row.unit}{towards}"),
         ("Epsilon", f"{settings['epsilon_255']}/255" if row.norm == "Linf" else "none: L2 attack"),
         ("Measured", measured),
-        ("Attacked model", f"{name}{note}, {how}"),
+        ("Attacked model", f"{attacked_name(attacked)}, {_how(row, attacked)}"),
         ("For the other rows", "a transfer attack: they get the same image"),
     ]
 
@@ -353,16 +347,19 @@ def downloads(result: Comparison, numbers: dict, link: str) -> str:
 
 def sweep(result: Sweep) -> str:
     """Every defence's probability of the true class against epsilon."""
-    source = "" if result.label_given else ", vanilla CLIP's own answer to the original"
-    attack = ATTACKS[result.settings["attack"]["name"]].title
-    label, seen = escape(_cut(result.label)), THREATS[result.settings["threat"]][0]
+    attack = METHODS[result.settings["attack"]["name"]].title
+    name, label = attacked_name(result.settings["attacked_model"]), escape(_cut(result.label))
+    what = f"The true class is <strong>{label}</strong>."
+    if not result.label_given:
+        what = f"<strong>{label}</strong> is vanilla CLIP's own answer to the original."
+    titles = {row.name: row.title for row in find_defenses(list(result.probabilities))}
     curves = {
-        MODELS[name][0]: list(zip(result.epsilons, values, strict=False))  # as far as they are
+        titles[name]: list(zip(result.epsilons, values, strict=False))  # as far as they are
         for name, values in result.probabilities.items()
     }
     chart = line_chart(
         curves,
-        title=f"Probability of the true class under {attack}",
+        title=f"Probability of {label} under {attack}",
         x_label="epsilon, 1/255",
         x_range=(0, result.epsilons[-1]),
         x_ticks=result.epsilons,
@@ -370,38 +367,43 @@ def sweep(result: Sweep) -> str:
         show=_percent,
     )
     falls = "".join(
-        f"<li>{MODELS[name][0]}: {_wrong_at(result, answers)}</li>"
+        f"<li>{escape(titles[name])}: {_falls(result, answers)}</li>"
         for name, answers in result.answers.items()
     )
     return (
-        f'<section class="t-card t-curves"><p>The true class is <strong>{label}</strong>{source}. '
-        f"The attack sees {seen}.</p>{chart}<ul>{falls}</ul></section>"
+        f'<section class="t-card t-curves"><p>{what} The attack sees {name}.</p>{chart}'
+        f"<ul>{falls}</ul></section>"
     )
 
 
-def _wrong_at(result: Sweep, answers: Sequence[str]) -> str:
-    wrong = [answer != result.label for answer in answers]
+def _falls(result: Sweep, answers: Sequence[str]) -> str:
+    """Where answers are wrong; where the true class is not known, others than without an attack."""
+    right, word, still = result.label, "wrong", "right everywhere"
+    if not result.label_given and answers:
+        right, word, still = answers[0], "changed", "kept everywhere"
+    wrong = [answer != right for answer in answers]
     if not any(wrong):
-        return "right everywhere"
+        return still
     first = wrong.index(True)
     if all(wrong[first:]) and len(wrong) - first > 1:
-        return f"wrong from {result.epsilons[first]}/255 on"
+        return f"{word} from {result.epsilons[first]}/255 on"
     at = (f"{e}/255" for e, is_wrong in zip(result.epsilons, wrong, strict=False) if is_wrong)
-    return f"wrong at {', '.join(at)}"
+    return f"{word} at {', '.join(at)}"
 
 
 def published(pack: Pack) -> str:
     """The accuracies of a pack's card: a chart for each attack with epsilon, and a table. Of the
     charts, one for each attacked model is open, that of most pictures."""
     groups: dict[str, dict[str, list[tuple[float, float]]]] = {}
-    rows = sorted(filter(_may_be_drawn, pack.evaluation), key=lambda row: row["epsilon_255"])
+    with_epsilon = [row for row in pack.evaluation if row["epsilon_255"] is not None]
+    rows = sorted(with_epsilon, key=lambda row: row["epsilon_255"])
     for row in rows:
         clean = [(0, row["clean_accuracy"])]
         groups.setdefault(_published_title(row), {}).setdefault(_defense(row), clean).append(
             (row["epsilon_255"], row["accuracy"])
         )
     by_pictures = sorted(rows, key=lambda row: row["n"])
-    largest = {row["threat"]: _published_title(row) for row in by_pictures}.values()
+    largest = {row["attacked_model"]: _published_title(row) for row in by_pictures}.values()
     shown, folded = "", ""
     for title, series in groups.items():
         ticks = sorted({x for points in series.values() for x, _ in points})
@@ -427,7 +429,7 @@ def published(pack: Pack) -> str:
     )
 
 
-def _published_table(rows: Sequence[dict]) -> str:
+def _published_table(rows: Sequence[Row]) -> str:
     heads = ("Defence", "Attack", "Epsilon", "Clean", "Attacked", "95 % interval")
     cells = [
         (
@@ -444,35 +446,19 @@ def _published_table(rows: Sequence[dict]) -> str:
     return f"<details>{summary}{plain_table(heads, cells)}</details>"
 
 
-def _defense(row: dict) -> str:
-    if row["defense"] == "random-start":
-        return "TAPT from random prompts"
-    return MODELS.get(row["defense"], (row["defense"],))[0]
+def _defense(row: Row) -> str:
+    titles = {name: find_defenses([name])[0].title for name in list_defenses()}
+    return defense_name({**row, "defense": titles.get(row["defense"], row["defense"])})
 
 
-def _may_be_drawn(row: object) -> bool:
-    """Whether a row has an epsilon and what a chart needs; a pack may come from anybody."""
-    if not isinstance(row, dict) or not isinstance(row.get("ci95"), list) or len(row["ci95"]) != 2:
-        return False
-    numbers = [row.get(key) for key in ("epsilon_255", "clean_accuracy", "accuracy")] + row["ci95"]
-    texts = (row.get(key) for key in ("dataset", "threat", "attack", "defense"))
-    return (
-        all(isinstance(n, (int, float)) and 0 <= n <= 255 for n in numbers)
-        and isinstance(row.get("n"), int)
-        and all(isinstance(text, str) for text in texts)
-    )
-
-
-def _published_title(row: dict) -> str:
+def _published_title(row: Row) -> str:
     """The condition of a row of a pack's table, in words."""
-    threat, images = row["threat"], f"{_cut(row['dataset'])}, n = {row['n']}"
-    if threat == "all":
+    attacked, images = row["attacked_model"], f"{_cut(row['dataset'])}, n = {row['n']}"
+    if attacked == "all":
         return f"The worst, for each picture, of the attacks run on it ({images})"
-    name = ATTACKS[row["attack"]].title if row["attack"] in ATTACKS else row["attack"]
-    attack = attack_name({"steps": row.get("steps"), "attack": name})
-    own = threat in DEPLOYED_THREATS  # then each row's own defence was attacked
-    seen = "each defence as deployed" if own else THREATS.get(threat, (threat,))[0]
-    return f"{attack} on {seen} ({images})"
+    title = METHODS[row["attack"]].title if row["attack"] in METHODS else row["attack"]
+    attack = attack_name({**row, "attack": title})
+    return f"{attack} on {attacked_title(attacked)} ({images})"
 
 
 def _badge(text: str) -> str:

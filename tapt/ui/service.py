@@ -1,4 +1,4 @@
-"""What the handlers share: loaded models and the class lists that were asked for last."""
+"""What the handlers share: the models that were asked for last."""
 
 from __future__ import annotations
 
@@ -7,43 +7,28 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from tapt.backbone import OPENAI_NAMES, Backbone, is_public, load_backbone
-from tapt.defense import Defender, make_defender
-from tapt.errors import InputError, PackError
-from tapt.hub import Progress, Token, parse_id
-from tapt.pack import Pack, embedded_packs, hub_packs, load_model, load_pack, untrained_pack
-from tapt.prompts import PromptConfig
+from tapt.comparison import UNTRAINED
+from tapt.core.backbone import Backbone
+from tapt.core.errors import InputError
+from tapt.core.prompts import PromptConfig
+from tapt.model import Model, load
+from tapt.packs.backbones import OPENAI_NAMES, is_public, load_backbone
+from tapt.packs.format import Pack, hub_packs, list_packs, load_pack, untrained_pack
+from tapt.packs.hub import Origin, Progress, Token, parse_id
 
-EMBEDDED_BACKBONE = "tiny"
-UNTRAINED_PACK = "untrained prompts"
+EMBEDDED_BACKBONE = "tiny"  # it knows ten kinds only
 REMEMBERED_BACKBONES = 2  # beside the first
 REMEMBERED_PACKS = 4
-REMEMBERED_CLASS_LISTS = 8
 MAX_NAME = 200  # file systems take no more than 255
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, eq=False)
-class Model:
-    """A backbone with a pack, under the names that visitors see."""
-
-    backbone: Backbone
-    pack: Pack
-    backbone_name: str
-    pack_name: str
-
-    @property
-    def embedded(self) -> bool:
-        """Whether this is the backbone that knows ten kinds only."""
-        return self.backbone_name == EMBEDDED_BACKBONE
-
-
-class Kept(Generic[T]):
+class Remembered(Generic[T]):
     """The last `size` values by key; whoever asks for one that is there never waits.
 
     making: held while a value is made.
@@ -74,8 +59,9 @@ class Kept(Generic[T]):
 
 
 class Service:
-    """Loads models when they are asked for and keeps the last ones; safe to share between
-    requests, since a loaded model never changes.
+    """Loads models when they are asked for and remembers the last ones; safe to share between
+    requests, since a loaded model never changes. The names in its models are those that visitors
+    see, without folders of the server.
 
     first: the model that the page starts with.
     backbones: the others that the page offers.
@@ -83,24 +69,22 @@ class Service:
     """
 
     def __init__(
-        self, first: tuple[Backbone, Pack], backbones: list[str], device: str | None, on_space: bool
+        self, first: Model, backbones: Sequence[str], device: str | None, on_space: bool
     ) -> None:
-        backbone, pack = first
-        embedded = not pack.trained or pack.origin or pack.name in embedded_packs(backbone.name)
-        self.first = Model(
-            backbone, pack, _visible(backbone.name), pack.name if embedded else Path(pack.name).name
-        )
+        backbone, pack = first.backbone, first.pack
+        name = pack.name
+        if pack.trained and not pack.origin and name not in list_packs(backbone.name):
+            name = Path(name).name
+        self.first = _model(backbone, replace(pack, name=name), first.origins[0])
         names = dict.fromkeys((backbone.name, *backbones))
         self.backbones = {_visible(name): name for name in names}
         self.on_space = on_space
         self._device = device
         # one backbone at a time, for the memory; a pack keeps nobody waiting
         size = max(REMEMBERED_BACKBONES, on_space * len(names))
-        self._backbones: Kept[Backbone] = Kept(size, threading.Lock())
-        self._models: Kept[Model] = Kept(REMEMBERED_PACKS, nullcontext())
-        self._defender = lru_cache(REMEMBERED_CLASS_LISTS)(
-            lambda model, classes: make_defender(model.backbone, model.pack, classes)
-        )
+        self._backbones: Remembered[tuple[Backbone, Origin | None]]
+        self._backbones = Remembered(size, threading.Lock())
+        self._models: Remembered[Model] = Remembered(REMEMBERED_PACKS, nullcontext())
 
     def model(self, backbone: str = "", pack: str = "", progress: Progress | None = None) -> Model:
         """A loaded model; empty names stand for the page's own choice. What visitors ask for is
@@ -111,16 +95,13 @@ class Service:
         """
         if max(len(backbone), len(pack)) > MAX_NAME:
             raise InputError(f"The name of a backbone or pack has at most {MAX_NAME} characters.")
-        backbone = backbone or self.first.backbone_name
+        first = self.first
+        backbone = backbone or first.backbone.name
         pack = pack or next(iter(self.packs(backbone)))
-        if (backbone, pack) == (self.first.backbone_name, self.first.pack_name):
-            return self.first
+        if (backbone, pack) == (first.backbone.name, first.pack.name):
+            return first
         make = partial(self._load_model, backbone, pack, progress)
         return self._models.get((backbone, pack), make)
-
-    def defender(self, model: Model, classes: tuple[str, ...]) -> Defender:
-        """The defender for a class list; its text features are computed once."""
-        return self._defender(model, classes)
 
     def too_long(self, names: Sequence[str]) -> list[str]:
         """The class names whose sentences are too long for the embedded model."""
@@ -140,9 +121,9 @@ class Service:
 
     def packs(self, backbone: str) -> list[str]:
         """The packs at hand for a backbone, its default first."""
-        embedded = sorted(embedded_packs(backbone), key=lambda name: not name.endswith("/vli"))
-        own = [self.first.pack_name] if backbone == self.first.backbone_name else []
-        return list(dict.fromkeys([*own, *embedded, UNTRAINED_PACK]))
+        embedded = sorted(list_packs(backbone), key=lambda name: not name.endswith("/vli"))
+        own = [self.first.pack.name] if backbone == self.first.backbone.name else []
+        return list(dict.fromkeys([*own, *embedded, UNTRAINED]))
 
     def hub_packs(self, backbone: str) -> list[str]:
         """The Hub's packs for a backbone.
@@ -152,7 +133,9 @@ class Service:
         """
         return hub_packs(self.model(backbone).backbone)
 
-    def _load(self, name: str, progress: Progress | None) -> Backbone:
+    def _load_backbone(
+        self, name: str, progress: Progress | None
+    ) -> tuple[Backbone, Origin | None]:
         if name not in self.backbones and (self.on_space or not is_public(name)):
             raise InputError(
                 f"This page offers the backbones {', '.join(self.backbones)}; got {name!r}."
@@ -161,25 +144,27 @@ class Service:
         return load_backbone(source, device=self._device, progress=progress)
 
     def _load_model(self, backbone_name: str, name: str, progress: Progress | None) -> Model:
-        if backbone_name == self.first.backbone_name:
-            backbone = self.first.backbone
+        if backbone_name == self.first.backbone.name:
+            backbone, origin = self.first.backbone, self.first.origins[0]
         else:
-            load = partial(self._load, backbone_name, progress)
-            backbone = self._backbones.get(backbone_name, load)
-        if name == UNTRAINED_PACK:
-            return Model(backbone, untrained_pack(backbone), backbone_name, name)
-        if name not in embedded_packs(backbone_name) and (
+            make = partial(self._load_backbone, backbone_name, progress)
+            backbone, origin = self._backbones.get(backbone_name, make)
+        backbone = replace(backbone, name=backbone_name)
+        if name == UNTRAINED:
+            return _model(backbone, untrained_pack(backbone), origin)
+        if name not in list_packs(backbone_name) and (
             parse_id(name) is None or Path(name).exists()
         ):
             raise InputError(
                 f"This page offers the packs {', '.join(self.packs(backbone_name))} and those of "
                 f"the Hub, as owner/repo; got {name!r}."
             )
-        try:
-            pack = load_pack(name, backbone, progress=progress)
-        except PackError as error:  # no folders of the server
-            raise PackError(str(error).replace(backbone.name, backbone_name)) from error
-        return Model(backbone, pack, backbone_name, name)
+        return _model(backbone, load_pack(name, backbone, progress=progress), origin)
+
+
+def _model(backbone: Backbone, pack: Pack, origin: Origin | None) -> Model:
+    named = replace(backbone, name=_visible(backbone.name))
+    return Model(named, pack, (origin, pack.origin))
 
 
 def _visible(backbone: str) -> str:
@@ -207,8 +192,12 @@ def load_service(
         BackboneError, PackError, HubError: unknown, malformed, or not made for each other.
     """
     names = [name.strip() for name in (backbone or "").split(",") if name.strip()]
-    first = load_model(
-        names[0] if names else None, pack, device=device, token=token, progress=progress
+    first = load(
+        backbone=names[0] if names else None,
+        pack=pack,
+        device=device,
+        token=token,
+        progress=progress,
     )
     on_space = "SPACE_ID" in os.environ
     others = names[1:] if on_space else [*names[1:], EMBEDDED_BACKBONE, *OPENAI_NAMES]

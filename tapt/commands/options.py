@@ -1,0 +1,283 @@
+"""Command-line options that several commands share, made of the settings classes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import typing
+from collections.abc import Collection
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic.fields import FieldInfo
+
+from tapt.commands.bars import download_bar
+from tapt.core.attacks import METHODS, Attack
+from tapt.core.backbone import Backbone, usable_device
+from tapt.core.errors import InputError
+from tapt.core.settings import Settings, plain_type, rule
+from tapt.defenses import Defense, find_defenses
+from tapt.files import check_output
+from tapt.model import Model, load
+from tapt.packs.backbones import load_backbone
+from tapt.processes import start_processes
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+DATA_HELP = (
+    "folder or zip of class folders, NAME:FOLDER, torchvision:NAME[:ROOT], split_zhou_*.json"
+)
+ATTACKED_HELP = "what the attack sees: clip, static, or deployed, a whole defence"
+
+
+def fraction(text: str) -> float:
+    """`4/255` or `0.0157` as a float."""
+    over, _, under = text.partition("/")
+    try:
+        return float(over) / float(under) if under else float(over)
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number such as 4/255") from error
+
+
+def fractions(text: str) -> list[float]:
+    """A list of fractions, by commas."""
+    return [fraction(part) for part in text.split(",")]
+
+
+def filled(text: str) -> str:
+    """A text that says something."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return text
+
+
+def names(text: str) -> list[str]:
+    """A list of names, by commas."""
+    return [part.strip() for part in filled(text.strip(", ")).split(",") if part.strip()]
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    with suppress(ValueError):
+        if int(text) >= 1:
+            return int(text)
+    raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, got {text!r}")
+
+
+def add_settings(
+    parser: argparse.ArgumentParser,
+    kind: type[Settings],
+    *,
+    only: Collection[str] | None = None,
+    skip: Collection[str] = (),
+) -> None:
+    """An option for each field, or for some; `given` reads them back."""
+    for name, field in kind.model_fields.items():
+        if name not in skip and (only is None or name in only):
+            _add_option(parser, option_name(name, field), field, dest=name)
+
+
+def given(args: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:
+    """The settings that were given on the command line."""
+    found = {name: getattr(args, name, None) for name in kind.model_fields}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def option_name(name: str, field: FieldInfo) -> str:
+    """`--tune-steps` for the field `steps` that says so, else the field's own name."""
+    extra = field.json_schema_extra
+    return f"--{extra.get('option', name) if isinstance(extra, dict) else name}".replace("_", "-")
+
+
+def _add_option(
+    parser: argparse._ActionsContainer,
+    option: str,
+    field: FieldInfo,
+    *,
+    dest: str,
+    show_default: bool = True,
+) -> None:
+    kind, options = plain_type(field), dict[str, Any]()
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    elif typing.get_origin(kind) is Literal:
+        options["choices"] = typing.get_args(kind)
+    else:
+        options |= {"type": lambda text: value_of(field, text), "metavar": _metavar(kind)}
+    text = _help(field) + (_default(field) if show_default else "")
+    parser.add_argument(option, dest=dest, default=None, help=text.replace("%", "%%"), **options)
+
+
+def value_of(field: FieldInfo, text: str) -> Any:
+    """A value as its field wants it; what cannot be read stays text, which the class refuses."""
+    kind = plain_type(field)
+    with suppress(ValueError, KeyError, argparse.ArgumentTypeError):
+        if kind is bool:
+            return {"true": True, "false": False}[text.lower()]
+        if typing.get_origin(kind) is tuple:
+            return tuple(fractions(text))
+        if kind in (int, float):
+            return int(text) if kind is int else fraction(text)
+    return text
+
+
+def _metavar(kind: Any) -> str:
+    return {int: "N", float: "X", str: "TEXT"}.get(kind, "X,X")
+
+
+def _help(field: FieldInfo) -> str:
+    about = field.description or ""
+    return f"{about}, {rule(field)}" if plain_type(field) in (int, float) else about
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.default
+    if value is None or isinstance(value, bool):
+        return ""
+    if isinstance(value, float) and 0 < value < 0.1 and (value * 255).is_integer():
+        value = f"{value * 255:.0f}/255"
+    return f" (default {value})"
+
+
+def add_test_time(parser: argparse.ArgumentParser) -> None:
+    """One option for each setting of the registered defences, last; what is not given comes from
+    the pack."""
+    group = parser.add_argument_group(
+        "test-time settings", "for every defence that has them; default: the pack's own"
+    )
+    for option, rows in _test_time().items():
+        _, _, field = rows[0]
+        with suppress(argparse.ArgumentError):  # the command's own option: `--set` is left
+            _add_option(group, option, field, dest=f"setting{option}", show_default=False)
+    group.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="DEFENCE.NAME=VALUE",
+        help="a setting of one defence alone, such as ensemble.keep=0.2",
+    )
+
+
+def test_time(args: argparse.Namespace) -> dict[str, Any]:
+    """What was given of the test-time settings: `DEFENCE.NAME` to value.
+
+    Raises:
+        InputError: `--set` names no setting, or a value is outside its range.
+    """
+    fields = {
+        f"{row.name}.{name}": field for rows in _test_time().values() for row, name, field in rows
+    }
+    changes: dict[str, Any] = {}
+    for option, rows in _test_time().items():
+        value = getattr(args, f"setting{option}", None)
+        changes |= {f"{row.name}.{name}": value for row, name, _ in rows if value is not None}
+    for text in args.set:
+        key, _, value = text.partition("=")
+        if key not in fields or not value:
+            raise InputError(
+                f"--set takes DEFENCE.NAME=VALUE of {', '.join(fields)}; got {text!r}."
+            )
+        changes[key] = value_of(fields[key], value)
+    for row in find_defenses():  # a value that is out of range ends here, before any work
+        own = {k.partition(".")[2]: v for k, v in changes.items() if k.startswith(f"{row.name}.")}
+        row.settings(**own)
+    return changes
+
+
+def _test_time() -> dict[str, list[tuple[Defense, str, FieldInfo]]]:
+    """The settings that stand behind each option."""
+    options: dict[str, list[tuple[Defense, str, FieldInfo]]] = {}
+    for row in find_defenses():
+        for name, field in row.settings.model_fields.items():
+            options.setdefault(option_name(name, field), []).append((row, name, field))
+    return options
+
+
+def add_attack_options(parser: argparse.ArgumentParser, *, skip: Collection[str] = ()) -> None:
+    """Epsilon, steps, queries, step size and seed of an attack."""
+    add_settings(parser, Attack, skip={"name", "random_start", *skip})
+    parser.add_argument("--queries", type=int, metavar="N", help="of Square, instead of --steps")
+
+
+def attack_of(args: argparse.Namespace, name: str, **changes: Any) -> Attack:
+    """The attack of this name with the command's options.
+
+    Raises:
+        InputError: one of them is outside its range.
+    """
+    values = {**given(args, Attack), "name": name, **changes}
+    if name in METHODS and not METHODS[name].gradients and args.queries is not None:
+        values["steps"] = args.queries
+    return Attack(**values)
+
+
+def add_draws_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--eot", type=positive, default=4, metavar="N", help="draws per gradient of a deployed one"
+    )
+
+
+def add_backbone_options(parser: argparse.ArgumentParser, *, default: str | None = "tiny") -> None:
+    parser.add_argument(
+        "--backbone", type=filled, default=default, help="tiny, ViT-B-16, hf-hub:owner/repo, ..."
+    )
+    parser.add_argument("--revision", type=filled, help="branch, tag or commit of a Hub backbone")
+    parser.add_argument(
+        "--device", type=filled, help="default: cuda, mps or cpu, the first that is there"
+    )
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """A backbone, a pack, or both."""
+    add_backbone_options(parser, default=None)
+    parser.add_argument(
+        "--pack",
+        type=filled,
+        help="tiny/vli, a folder or a Hub id owner/repo; default: the backbone's own",
+    )
+
+
+def model_of(args: argparse.Namespace) -> Model:
+    """The model that was asked for; says on stderr what came from the Hub."""
+    asked = {"backbone": args.backbone, "revision": args.revision, "device": args.device}
+    model = load(**asked, pack=args.pack, token=None, progress=download_bar())
+    for what, origin in zip(("Backbone", "Pack"), model.origins, strict=True):
+        if origin:
+            print(f"{what} {origin}", file=sys.stderr)
+    return model
+
+
+def backbone_of(args: argparse.Namespace) -> Backbone:
+    """The backbone alone."""
+    options = {"revision": args.revision, "device": args.device}
+    return load_backbone(args.backbone, **options, token=None, progress=download_bar())[0]
+
+
+def join_processes(args: argparse.Namespace) -> PartialState:
+    """Joins the processes of `accelerate launch`; without `--device`, each takes its own."""
+    state = start_processes(args.device and usable_device(args.device))
+    args.device = args.device or str(state.device)
+    return state
+
+
+def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+    parser.add_argument(
+        "--checkpoint-minutes", type=float, default=3.0, metavar="X", help="between checkpoints"
+    )
+
+
+def png_output(name: str, option: str) -> Path:
+    """The path of a PNG file that can be written; its folder is made where it is missing.
+
+    Raises:
+        InputError: another ending, or it cannot be written.
+    """
+    path = Path(name)
+    if path.suffix.lower() != ".png":
+        raise InputError(f"{option} writes a PNG: end its name in .png, got {name!r}.")
+    if not path.parent.exists():
+        check_output(path.parent, folder=True).mkdir(parents=True, exist_ok=True)
+    return check_output(path)

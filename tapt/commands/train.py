@@ -1,0 +1,63 @@
+"""`tapt train`: adversarial prompt tuning."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from tqdm import tqdm
+
+from tapt.commands.options import (
+    DATA_HELP,
+    add_backbone_options,
+    add_checkpoint_options,
+    add_settings,
+    backbone_of,
+    filled,
+    given,
+    join_processes,
+)
+from tapt.core.prompts import PromptConfig
+from tapt.data import load_data
+from tapt.files import check_output
+from tapt.training.batches import TrainConfig
+from tapt.training.prompts import train
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.description = (
+        "Adversarial prompt tuning on a frozen backbone: makes the prompts that every image starts "
+        "from, one process or several under `accelerate launch`."
+    )
+    add_backbone_options(parser)
+    parser.add_argument("--data", required=True, type=filled, help=DATA_HELP)
+    parser.add_argument("--out", required=True, type=filled, help="folder for prompts and log")
+    add_settings(parser, PromptConfig, only=("design", "tokens", "visual_depth", "text_depth"))
+    add_settings(parser, TrainConfig)
+    add_checkpoint_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Prints a line per epoch."""
+    prompts, config = (
+        PromptConfig(**given(args, PromptConfig)),
+        TrainConfig(**given(args, TrainConfig)),
+    )
+    out = check_output(args.out, folder=True)
+    state = join_processes(args)
+    backbone = backbone_of(args)
+    prompts.shapes(backbone)  # a wrong depth ends here, before the data is read
+    train(
+        backbone,
+        load_data(args.data, "train"),
+        prompts,
+        config,
+        out,
+        resume=args.resume,
+        checkpoint_minutes=args.checkpoint_minutes,
+        on_epoch=lambda row: tqdm.write(json.dumps(row)),
+    )
+    if state.is_main_process:
+        print(f"Prompts written to {out}.")
+    return 0

@@ -1,0 +1,198 @@
+"""What the defences answered to one picture, attacked or not."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from typing import Any
+
+from torch import Tensor
+
+from tapt.core.attacks import METHODS, l2_norm, linf_255
+from tapt.defenses import find_defenses
+
+UNTRAINED = "untrained prompts"
+
+
+@dataclass(frozen=True, eq=False)
+class Answer:
+    """One defence's answer to one image.
+
+    probabilities: (C,), on the CPU.
+    trace: how the answer came about: names to plain numbers, lists, None, or such mappings.
+    """
+
+    classes: tuple[str, ...]
+    probabilities: Tensor
+    trace: Mapping[str, Any]
+    seconds: float
+
+    @property
+    def top(self) -> tuple[str, float]:
+        """The most probable class and its probability."""
+        value, index = self.probabilities.max(0)
+        return self.classes[int(index)], float(value)
+
+
+@dataclass(eq=False)
+class Answers:
+    """One defence's answers; None where there is none, or none yet."""
+
+    clean: Answer | None = None
+    attacked: Answer | None = None
+
+
+@dataclass(eq=False)
+class Comparison:
+    """Results as far as they are there; `comparison["tapt"]` are one defence's answers.
+
+    settings: what the numbers depend on, as a JSON object.
+    clean, attacked: the 8-bit images that every defence got, uint8 (3, S, S).
+    answers: by defence, in the registry's order.
+    label: the true class as an index; `label_given` says whether a person named it, otherwise it
+        is vanilla CLIP's own answer to the clean image.
+    seconds: of the attack, and in all.
+    """
+
+    classes: tuple[str, ...]
+    settings: dict[str, Any]
+    clean: Tensor
+    answers: dict[str, Answers]
+    attacked: Tensor | None = None
+    label: int | None = None
+    label_given: bool = False
+    seconds: dict[str, float] = field(default_factory=dict)
+    finished: bool = False
+
+    def __getitem__(self, defense: str) -> Answers:
+        return self.answers[defense]
+
+    @property
+    def linf_255(self) -> int | None:
+        """Measured L-inf of the attack in 1/255; None without an attack."""
+        if self.attacked is None:
+            return None
+        return int(linf_255(self.attacked[None], self.clean[None])[0])
+
+    @property
+    def l2(self) -> float | None:
+        """Measured L2 size of the attack in [0, 1] pixels; None without an attack."""
+        if self.attacked is None:
+            return None
+        return float(l2_norm(self.attacked[None], self.clean[None])[0])
+
+    def state(self, defense: str) -> str | None:
+        """What the attack did to a defence: `held`, `fooled`, `wrong before` or `recovered` where
+        the true class is known, else `kept` or `changed`; None without both answers."""
+        clean, attacked = self.answers[defense].clean, self.answers[defense].attacked
+        if clean is None or attacked is None or self.label is None:
+            return None
+        before, after = clean.top[0], attacked.top[0]
+        if not self.label_given:
+            return "kept" if after == before else "changed"
+        true = self.classes[self.label]
+        if before == true:
+            return "held" if after == true else "fooled"
+        return "recovered" if after == true else "wrong before"
+
+    def title(self, defense: str) -> str:
+        """A defence's name for people."""
+        (row,) = find_defenses([defense])
+        return f"{row.title}, {UNTRAINED}" if self._untrained(row.uses_prompts) else row.title
+
+    def _untrained(self, uses_prompts: bool) -> bool:
+        return uses_prompts and not self.settings["trained"]
+
+    def verdict(self) -> str:
+        """One sentence that says what happened; plain text, empty before the first answer."""
+        groups: dict[str, list[str]] = {}
+        for name, answers in self.answers.items():
+            word = self.state(name)
+            if word in ("kept", "changed"):
+                word += " the answer"
+            if self.settings["attack"] is None and answers.clean is not None:
+                word = f"answer {answers.clean.top[0]}"
+            if word is not None:
+                groups.setdefault(word, []).append(self.title(name))
+        parts = [f"{len(names)} {word} ({', '.join(names)})" for word, names in groups.items()]
+        if not parts:
+            return ""
+        true = f" The true class is {self.classes[self.label or 0]}." if self.label_given else ""
+        return f"{'; '.join(parts)}.{true}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The JSON object of `tapt predict --json`."""
+        kinds = ("clean", "attacked")
+        both = {name: [getattr(row, k) for k in kinds] for name, row in self.answers.items()}
+
+        def each(value: Any) -> dict[str, dict[str, Any]]:
+            return {
+                name: {k: a and value(a) for k, a in zip(kinds, pair, strict=True)}
+                for name, pair in both.items()
+            }
+
+        return {
+            "settings": self.settings,
+            "classes": list(self.classes),
+            "label": None if self.label is None else self.classes[self.label],
+            "label_given": self.label_given,
+            "results": each(lambda answer: answer.probabilities.double().tolist()),
+            "states": {name: self.state(name) for name in self.answers},
+            "linf_255": self.linf_255,
+            "l2": self.l2,
+            "trace": each(lambda answer: answer.trace),
+            "seconds": {
+                **{k: round(v, 4) for k, v in self.seconds.items()},
+                "defenses": each(lambda answer: round(answer.seconds, 4)),
+            },
+            "versions": versions(),
+        }
+
+    def __str__(self) -> str:
+        """The table of `tapt predict`."""
+        titles = {name: self.title(name) for name in self.answers}
+        width = max(map(len, titles.values()))
+        columns = ["clean"] if self.attacked is None else ["clean", "attacked"]
+        lines = ["  ".join([" " * width, *(f"{c:<26}" for c in columns)]).rstrip()]
+        for name, answers in self.answers.items():
+            cells = []
+            for column in columns:
+                answer = getattr(answers, column)
+                top, value = answer.top if answer else ("...", 0.0)
+                cells.append(f"{top[:17]:<17} {100 * value:5.1f} %  ")
+            lines.append("  ".join([f"{titles[name]:<{width}}", *cells]).rstrip())
+        if self.attacked is not None:
+            attack, epsilon = self.settings["attack"], self.settings["epsilon_255"]
+            radius = "no epsilon" if epsilon is None else f"epsilon {epsilon}/255"
+            lines.append(
+                f"{METHODS[attack['name']].title}-{attack['steps']} on "
+                f"{attacked_title(self.settings['attacked_model'])}, {radius}, "
+                f"measured L-inf {self.linf_255}/255, L2 {self.l2:.2f}"
+            )
+        return "\n".join([*lines, self.verdict()])
+
+
+def attacked_title(attacked: str) -> str:
+    """An attacked model in words: `clip`, `static`, `deployed` or `deployed:NAME`."""
+    kind, _, name = attacked.partition(":")
+    if kind != "deployed":
+        return find_defenses([kind])[0].title
+    return f"{find_defenses([name])[0].title} as deployed" if name else "each defence as deployed"
+
+
+def versions() -> dict[str, str]:
+    """What the numbers depend on, beside the settings."""
+    packages = ("torch", "open_clip_torch", "torchattacks")
+    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+
+
+def plain(value: Any, index: int) -> Any:
+    """One image's part of a trace, as plain numbers."""
+    if isinstance(value, Mapping):
+        return {name: plain(item, index) for name, item in value.items()}
+    if isinstance(value, Tensor):
+        numbers: Any = value[index].detach().cpu().double().tolist()
+        return numbers if value.is_floating_point() else value[index].tolist()
+    return value

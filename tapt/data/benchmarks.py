@@ -1,0 +1,231 @@
+"""The benchmark sets of the paper: class names, templates, and their layouts on disk."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from tapt.core.errors import DataError
+from tapt.core.images import to_rgb
+from tapt.data.images import LabelledImages, check_classes, file_bytes, open_file
+
+# how each set names its held-out part and its training part; {}: it has no parts of its own
+TORCHVISION_SPLITS: dict[str, dict[str, dict[str, str | bool]]] = {
+    "ImageNet": {"test": {"split": "val"}, "train": {"split": "train"}},
+    "Caltech101": {},
+    "DTD": {"test": {"split": "test"}, "train": {"split": "train"}},
+    "EuroSAT": {},
+    "OxfordIIITPet": {"test": {"split": "test"}, "train": {"split": "trainval"}},
+    "FGVCAircraft": {"test": {"split": "test"}, "train": {"split": "trainval"}},
+    "Food101": {"test": {"split": "test"}, "train": {"split": "train"}},
+    "Flowers102": {"test": {"split": "test"}, "train": {"split": "train"}},
+    "StanfordCars": {"test": {"split": "test"}, "train": {"split": "train"}},
+    "SUN397": {},
+    "CIFAR10": {"test": {"train": False}, "train": {"train": True}},
+    "CIFAR100": {"test": {"train": False}, "train": {"train": True}},
+}
+# sets whose own names may be ids: n01440764, or 1 to 102
+NUMBERED = ("ImageNet", "Flowers102")
+SPLIT_NAMES = {
+    "DescribableTextures": "DTD",
+    "OxfordFlowers": "Flowers102",
+    "OxfordPets": "OxfordIIITPet",
+}
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """classes: names as they go into a sentence.
+    template: class sentence for vanilla CLIP and V.
+    aliases: the set's own names where they differ; None is a class that the literature leaves out.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    template: str
+    aliases: Mapping[str, str | None]
+
+    def rename(self, own: Sequence[str]) -> list[str | None]:
+        """The name in a sentence for each of the set's own class names.
+
+        Raises:
+            DataError: a name is none of this set's.
+        """
+        if tuple(own) == self.classes:  # ImageNet has names that are there twice
+            return list(own)
+        ids = [match for name in own if (match := re.fullmatch(r"n?(\d+)", name))]
+        if self.name in NUMBERED and len(own) == len(ids) == len(self.classes):
+            numbers = [int(match[1]) for match in ids]
+            return [self.classes[sorted(numbers).index(number)] for number in numbers]
+        known = {_key(name): name for name in self.classes}
+        renamed = []
+        for name in own:
+            if name not in self.aliases and _key(name) not in known:
+                raise DataError(f"{name!r} is not a class of {self.name}.")
+            renamed.append(self.aliases[name] if name in self.aliases else known[_key(name)])
+        return renamed
+
+
+def _key(name: str) -> str:
+    return re.sub("[^a-z0-9]", "", name.lower())
+
+
+@cache
+def benchmarks() -> dict[str, Benchmark]:
+    """The sets of the paper and CIFAR-10 by name. Caltech101 has the 100 classes of the
+    literature, without the background and the second class of faces."""
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES  # slow to import
+
+    path = Path(__file__).with_name("classnames.json")
+    entries = json.loads(path.read_text(encoding="utf-8"))
+    return {
+        name: Benchmark(
+            name,
+            tuple(entry.get("classes", IMAGENET_CLASSNAMES)),
+            entry["template"],
+            entry.get("aliases", {}),
+        )
+        for name, entry in entries.items()
+    }
+
+
+def renamed(data: LabelledImages, name: str) -> LabelledImages:
+    """The same images with the class names and the template of a benchmark set; images of classes
+    that the literature leaves out are dropped.
+
+    Raises:
+        DataError: a class is none of that set's.
+    """
+    benchmark = benchmarks()[name]
+    names = benchmark.rename(data.classes)
+    used = {own: new for own, new in enumerate(names) if new is not None}
+    label = {own: i for i, own in enumerate(used)}  # two classes of ImageNet share names
+    kept = data.subset([i for i, own in enumerate(data.labels) if own in used])
+    return replace(
+        kept,
+        classes=tuple(used.values()),
+        labels=tuple(label[own] for own in kept.labels),
+        name=name,
+        template=benchmark.template,
+    )
+
+
+def from_torchvision(source: str, split: str) -> LabelledImages:
+    """`torchvision:NAME[:ROOT]`; sets without parts of their own give all their images.
+
+    Raises:
+        DataError: the set is unknown or not complete under its root.
+    """
+    from torchvision import datasets
+
+    _, name, *root = source.split(":", 2)
+    if name not in TORCHVISION_SPLITS:
+        known = ", ".join(TORCHVISION_SPLITS)
+        raise DataError(f"torchvision set {name!r} is not one of {known}.")
+    options = TORCHVISION_SPLITS[name].get(split, {})
+    try:
+        data = getattr(datasets, name)(root[0] if root else "data", **options)
+    except (RuntimeError, OSError, ValueError, KeyError) as error:
+        raise DataError(f"torchvision set {name} is not complete under its root.") from error
+    # Flowers102 of older versions has no names at all
+    own = list(getattr(data, "classes", ()) or getattr(data, "categories", ()))
+    if name == "ImageNet" and len(own) != 1000:
+        raise DataError(f"ImageNet has 1,000 classes, these folders have {len(own)}.")
+    if name in NUMBERED:  # their labels follow the literature's list, whatever their own names
+        own = list(benchmarks()[name].classes)
+    labels = tuple(int(label) for label in _labels(data))
+    if name in ("CIFAR10", "CIFAR100"):
+        images = LabelledImages(
+            tuple(own),
+            labels,
+            lambda i: to_rgb(data[i][0]),
+            lambda i: bytes(data[i][0].tobytes()),
+            name,
+        )
+    else:
+        images = _from_files(tuple(own), labels, _files(data), name)
+    if name == "SUN397":  # listed as the file system pleases
+        files = _files(data)
+        images = images.subset(sorted(range(len(files)), key=lambda i: str(files[i])))
+    return renamed(images, name) if name in benchmarks() else images
+
+
+def _labels(data: Any) -> Sequence[int]:
+    for attribute in ("targets", "y", "_labels"):
+        if hasattr(data, attribute):
+            labels: Sequence[int] = getattr(data, attribute)
+            return labels
+    return [label for _, label in data._samples]
+
+
+def _files(data: Any) -> list[Path]:
+    """The image files of a torchvision set, in its order."""
+    if hasattr(data, "categories"):  # Caltech101
+        root = Path(data.root, "101_ObjectCategories")
+        named = zip(data.y, data.index, strict=True)
+        return [root / data.categories[y] / f"image_{number:04d}.jpg" for y, number in named]
+    for attribute in ("_image_files", "_images"):
+        if hasattr(data, attribute):
+            return [Path(file) for file in getattr(data, attribute)]
+    return [Path(file) for file, _ in getattr(data, "samples", None) or data._samples]
+
+
+def _from_files(
+    classes: tuple[str, ...],
+    labels: tuple[int, ...],
+    files: Sequence[Path],
+    name: str,
+    template: str | None = None,
+) -> LabelledImages:
+    def words(i: int) -> str:
+        return f"{files[i].parent.name}/{files[i].name} of {name}"
+
+    return LabelledImages(
+        classes,
+        labels,
+        lambda i: open_file(files[i].read_bytes, words(i)),
+        lambda i: file_bytes(files[i].read_bytes, words(i)),
+        name,
+        template,
+    )
+
+
+def from_split_file(path: Path, split: str) -> LabelledImages:
+    """A split file of CoOp (`split_zhou_*.json`): lists of [image, label, class name], with the
+    class names of the literature. Images lie beside the file or in a folder beside it.
+
+    Raises:
+        DataError: it is no such file, or its images are not there.
+    """
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))[split]
+        entries = [(str(image), int(label), str(name)) for image, label, name in rows]
+    except (OSError, ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+        raise DataError(
+            f"{path.name} is not a split file: it needs a list {split!r} of [image, label, class]."
+        ) from error
+    names = {label: name for _, label, name in entries}
+    if not entries or sorted(names) != list(range(len(names))):
+        raise DataError(f"{path.name}: the labels of {split!r} must count up from 0.")
+    for image, label, name in entries:
+        if name != names[label]:
+            raise DataError(f"{path.name}: label {label} is {name!r} and {names[label]!r}.")
+        if "\0" in image:
+            raise DataError(f"{path.name}: {image!r} is not a name of a file.")
+    classes = tuple(names[label] for label in range(len(names)))
+    check_classes(classes, path.name)
+    folders = [path.parent, *sorted(p for p in path.parent.iterdir() if p.is_dir())]
+    root = next((folder for folder in folders if os.path.isfile(folder / entries[0][0])), None)
+    if root is None:
+        raise DataError(f"The images of {path.name} are not beside it, nor in a folder beside it.")
+    name = path.stem.removeprefix("split_zhou_")
+    name = SPLIT_NAMES.get(name, name)
+    template = benchmarks()[name].template if name in benchmarks() else None
+    labels = tuple(label for _, label, _ in entries)
+    return _from_files(classes, labels, [root / image for image, _, _ in entries], name, template)

@@ -1,0 +1,170 @@
+"""Labelled images that open on demand, their digest, and their pixels within bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import unicodedata
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from tapt.core.errors import DataError, InputError
+from tapt.core.images import open_image
+from tapt.data.names import MAX_CLASSES
+
+MAX_HELD_BYTES = 2_000_000_000
+"""Preprocessed pixels that a process keeps; what is beyond is decoded anew each time."""
+
+
+@dataclass(frozen=True, eq=False)
+class LabelledImages:
+    """Images that open on demand.
+
+    classes: class names, in the order of the labels.
+    labels: one index into `classes` per image.
+    read: opens image `i` as RGB.
+    content: bytes that change when image `i` does, at the cost of reading it at most.
+    name: of the set.
+    template: class sentence for vanilla CLIP and V, where the set has one of its own.
+    """
+
+    classes: tuple[str, ...]
+    labels: tuple[int, ...]
+    read: Callable[[int], Image.Image]
+    content: Callable[[int], bytes]
+    name: str = ""
+    template: str | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __iter__(self) -> Iterator[tuple[Image.Image, int]]:
+        return ((self.read(i), label) for i, label in enumerate(self.labels))
+
+    def subset(self, indices: Sequence[int]) -> LabelledImages:
+        """The images at `indices`, in that order."""
+        read, content = self.read, self.content
+        return replace(
+            self,
+            labels=tuple(self.labels[i] for i in indices),
+            read=lambda i: read(indices[i]),
+            content=lambda i: content(indices[i]),
+        )
+
+    def balanced(self, limit: int, seed: int = 0) -> LabelledImages:
+        """A seeded subset of `limit` images whose class counts differ by one at most (as far as
+        the classes have images)."""
+        indices = balanced_indices(self.labels, len(self.classes), limit, seed)
+        return self.subset(indices)
+
+
+def balanced_indices(labels: Sequence[int], classes: int, limit: int, seed: int) -> list[int]:
+    """Indices of a seeded, class-balanced subset, sorted."""
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(labels), generator=generator, device="cpu").tolist()
+    queues: list[list[int]] = [[] for _ in range(classes)]
+    for i in order:
+        queues[labels[i]].append(i)
+    # the k-th image of every class comes before the (k+1)-th of any
+    ranked = [(rank, i) for queue in queues for rank, i in enumerate(queue)]
+    position = {i: p for p, i in enumerate(order)}
+    ranked.sort(key=lambda item: (item[0], position[item[1]]))
+    return sorted(i for _, i in ranked[:limit])
+
+
+def digest(data: LabelledImages) -> str:
+    """SHA-256 over class names, labels and contents, as hexadecimal digits.
+
+    Raises:
+        DataError: an image cannot be read.
+    """
+    total = hashlib.sha256(json.dumps([data.classes, data.labels]).encode())
+    for i in range(len(data)):
+        total.update(hashlib.sha256(data.content(i)).digest())
+    return total.hexdigest()
+
+
+def check_classes(classes: Sequence[str], source: str) -> None:
+    """Refuses class names that say nothing about accuracy.
+
+    Raises:
+        DataError: one class, more than `MAX_CLASSES`, or two names for the same thing.
+    """
+    if len(classes) < 2:
+        raise DataError(f"{source!r} has one class only, {classes[0]!r}: at least 2 are needed.")
+    if len(classes) > MAX_CLASSES:
+        raise DataError(
+            f"{source!r} has {len(classes):,} classes: at most {MAX_CLASSES:,} are allowed."
+        )
+    known: dict[str, str] = {}
+    for name in classes:
+        plain = unicodedata.normalize("NFKC", name).casefold()
+        other = known.setdefault(re.sub(r"[\s_-]+", " ", plain).strip(), name)
+        if other is not name:
+            raise DataError(f"{source!r} has {other!r} and {name!r} as two classes: merge them.")
+
+
+def file_bytes(read: Callable[[], bytes], name: str) -> bytes:
+    """The bytes of a file or of a zip's member.
+
+    Raises:
+        DataError: they cannot be read; the message says `name`.
+    """
+    try:
+        return read()
+    except Exception as error:  # zips raise whatever their decoders stumble over
+        raise DataError(
+            f"{name} cannot be read: it is missing, damaged, encrypted or packed in an unknown way."
+        ) from error
+
+
+def open_file(read: Callable[[], bytes], name: str) -> Image.Image:
+    """Decodes an image file as `open_image` does.
+
+    Raises:
+        DataError: `name` cannot be read or is not an image.
+    """
+    content = file_bytes(read, name)
+    try:
+        return open_image(content)
+    except InputError as error:
+        raise DataError(f"{name}: {error}") from error
+
+
+class Pixels:
+    """Preprocessed images of a set, decoded when they are first asked for.
+
+    held_bytes: of them that are kept, default `MAX_HELD_BYTES`.
+    """
+
+    def __init__(
+        self,
+        data: LabelledImages,
+        preprocess: Callable[[Image.Image], Tensor],
+        held_bytes: int | None = None,
+    ) -> None:
+        self.data, self.preprocess = data, preprocess
+        self._left = MAX_HELD_BYTES if held_bytes is None else held_bytes
+        self._held: dict[int, Tensor] = {}
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Tensor:
+        """Image `index` as uint8, (3, S, S)."""
+        pixels = self._held.get(index)
+        if pixels is None:
+            pixels = self.preprocess(self.data.read(index))
+            if pixels.nbytes <= self._left:
+                self._left -= pixels.nbytes
+                self._held[index] = pixels
+        return pixels
+
+    def batch(self, indices: Sequence[int]) -> Tensor:
+        """Images at `indices`, uint8, (N, 3, S, S)."""
+        return torch.stack([self[i] for i in indices])

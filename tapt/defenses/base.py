@@ -1,0 +1,174 @@
+"""What a defence is, and the registry that commands, page and evaluation loop over."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import torch
+from torch import Generator, Tensor
+
+from tapt.core.clip import PromptedClip
+from tapt.core.errors import InputError
+from tapt.core.settings import Settings
+from tapt.core.tuning import Progress, counted, encode_views
+from tapt.core.views import generators, make_views
+
+T = TypeVar("T")
+Trace = Mapping[str, Any]
+"""What happened: names to tensors with a leading dimension M, to None, or to such mappings."""
+
+
+class ImageBatch:
+    """Preprocessed images, their randomness, and what several defences need of them, made once.
+
+    images: (M, 3, S, S) in [0, 1]; may require gradients.
+    seeds: of each image's randomness, (M,).
+    """
+
+    def __init__(self, images: Tensor, seeds: Sequence[int]) -> None:
+        self.images, self.seeds = images, list(seeds)
+        self.reused = 0.0  # seconds that values found here took when they were made
+        self._shared: dict[Hashable, tuple[Any, float]] = {}
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def generators(self, purpose: str) -> list[Generator]:
+        """A CPU generator for each image; each purpose has numbers of its own."""
+        return generators(self.seeds, purpose)
+
+    def shared(self, key: Hashable, make: Callable[[], T]) -> T:
+        """The value of `make`, made once for all that ask with the same key."""
+        if key in self._shared:
+            value, seconds = self._shared[key]
+            self.reused += seconds
+            return value
+        began, inner = time.perf_counter(), self.reused
+        value = make()
+        self._shared[key] = value, time.perf_counter() - began + self.reused - inner
+        return value
+
+    def views(self, count: int) -> Tensor:
+        """The image itself and random crops of it, (M, count, 3, S, S)."""
+
+        def make() -> Tensor:
+            pairs = zip(self.images, generators(self.seeds), strict=True)
+            return torch.stack([make_views(x, count, generator=g) for x, g in pairs])
+
+        return self.shared(("views", count), make)
+
+    def view_logits(self, clip: PromptedClip, count: int, on_progress: Progress) -> Tensor:
+        """Logits (M, count, C) of the views under the static prompts, without gradients; by the
+        selection model where there is one."""
+
+        def make() -> Tensor:
+            advance = counted(on_progress, len(self) * count)
+            model = clip.selection_model or clip.backbone
+            views, text = self.views(count), clip.text_features
+            return encode_views(model, clip.prompts, views, text, advance=advance)
+
+        return self.shared(("view logits", count, clip), make)
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """probabilities: (M, C), on the CPU.
+    trace: how the answer came about.
+    """
+
+    probabilities: Tensor
+    trace: Trace = field(default_factory=dict)
+
+
+class PreparedDefense:
+    """A defence for one `PromptedClip` and one choice of settings.
+
+    randomised: draws at test time; it is scored over draws and attacked with EOT.
+    surrogates: differentiable stand-ins that an attacker may try beside the plain gradient.
+    images_per_pass: how many images `logits` takes at once, at most.
+    """
+
+    randomised: bool = False
+    surrogates: tuple[str, ...] = ()
+    images_per_pass: int = 64
+
+    def __init__(self, clip: PromptedClip, settings: Any) -> None:
+        self.clip, self.settings = clip, settings
+
+    def logits(
+        self,
+        batch: ImageBatch,
+        *,
+        surrogate: str | None = None,
+        on_progress: Progress = lambda done, total: None,
+    ) -> Tensor:
+        """Log-probabilities or logits (M, C) that an adaptive attacker differentiates: what has
+        no gradient (selections, rounding, steps) is held constant (BPDA, Athalye et al. 2018).
+
+        surrogate: one of `surrogates`; its own answers then, and gradients through all of it.
+        """
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def predict(
+        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
+    ) -> Prediction:
+        """Answers to the images."""
+        logits = self.logits(batch, on_progress=on_progress)
+        return Prediction(logits.softmax(-1).cpu())
+
+
+class NoSettings(Settings):
+    """A defence without settings."""
+
+
+@dataclass(frozen=True)
+class Defense:
+    """A row of the registry.
+
+    name: in commands, files and the API.
+    title, about: for people.
+    prepare: makes it ready; sees things of the core alone.
+    uses_prompts: its answer depends on the pack's prompts.
+    paper: where it comes from.
+    """
+
+    name: str
+    title: str
+    about: str
+    prepare: Callable[[PromptedClip, Any], PreparedDefense]
+    settings: type[Settings] = NoSettings
+    uses_prompts: bool = True
+    paper: str = ""
+
+
+_REGISTRY: dict[str, Defense] = {}
+
+
+def register(defense: Defense) -> Defense:
+    """Adds a defence, or replaces the one of the same name; it then is everywhere."""
+    _REGISTRY[defense.name] = defense
+    return defense
+
+
+def list_defenses() -> list[str]:
+    """Names of the registered defences, in the order in which they are shown."""
+    return list(_REGISTRY)
+
+
+def find_defenses(names: Sequence[str] | None = None) -> list[Defense]:
+    """The defences of these names, default all.
+
+    Raises:
+        InputError: no name, or one that is not registered; the message lists them.
+    """
+    known = ", ".join(_REGISTRY)
+    if names is not None and not names:
+        raise InputError(f"Choose at least one defence of {known}.")
+    for name in names or ():
+        if name not in _REGISTRY:
+            raise InputError(f"Defence {name!r} is unknown; choose from {known}.")
+    return [_REGISTRY[name] for name in dict.fromkeys(names or _REGISTRY)]

@@ -1,0 +1,40 @@
+"""No test-time defence at all: vanilla CLIP, and CLIP under the static prompts."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from tapt.core.tuning import Progress
+from tapt.defenses.base import Defense, ImageBatch, PreparedDefense, register
+
+
+class VanillaClip(PreparedDefense):
+    """CLIP without any prompts."""
+
+    def logits(
+        self,
+        batch: ImageBatch,
+        *,
+        surrogate: str | None = None,
+        on_progress: Progress = lambda done, total: None,
+    ) -> Tensor:
+        answer: Tensor = self.clip.vanilla(batch.images)
+        return answer
+
+
+class StaticPrompts(PreparedDefense):
+    """The prompts before any test-time step; in float32, whatever selects the views."""
+
+    def logits(
+        self,
+        batch: ImageBatch,
+        *,
+        surrogate: str | None = None,
+        on_progress: Progress = lambda done, total: None,
+    ) -> Tensor:
+        answer: Tensor = self.clip.static(batch.images)
+        return answer
+
+
+register(Defense("clip", "Vanilla CLIP", "no defence", VanillaClip, uses_prompts=False))
+register(Defense("static", "Static prompts", "before the test-time step", StaticPrompts))

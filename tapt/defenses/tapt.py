@@ -1,0 +1,123 @@
+"""TAPT (Wang et al., CVPR 2025, arXiv 2411.13136): prompts tuned for every single image."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+from pydantic import Field
+from torch import Tensor
+
+from tapt.core.clip import PromptedClip
+from tapt.core.prompts import Prompts, init_prompts, logits
+from tapt.core.tuning import Losses, Progress, TuneConfig, Tuned, images_per_pass, tune
+from tapt.defenses.base import Defense, ImageBatch, Prediction, PreparedDefense, Trace, register
+from tapt.defenses.surrogates import smooth_step
+
+
+class TaptSettings(TuneConfig):
+    """The test-time step, and where it starts."""
+
+    random_start: bool = Field(
+        False, description="start from random prompts, as the published code resets to"
+    )
+
+
+class Tapt(PreparedDefense):
+    """One step on the prompts for each image, then the answer to the image itself."""
+
+    settings: TaptSettings
+    randomised = True
+
+    def __init__(self, clip: PromptedClip, settings: TaptSettings) -> None:
+        super().__init__(clip, settings)
+        if settings.random_start:
+            start = init_prompts(clip.backbone, clip.prompts.config)
+            self.clip = PromptedClip(
+                clip.backbone,
+                start,
+                clip.statistics,
+                clip.classes,
+                clip.template,
+                clip.selection_model,
+            )
+        self.surrogates = ("smooth step",) if settings.steps else ()
+
+    @cached_property
+    def images_per_pass(self) -> int:  # type: ignore[override]
+        return images_per_pass(self.clip.backbone, self.settings, self.clip.texts)
+
+    def logits(
+        self,
+        batch: ImageBatch,
+        *,
+        surrogate: str | None = None,
+        on_progress: Progress = lambda done, total: None,
+    ) -> Tensor:
+        """The tuned prompts are held constant; the surrogate's gradients pass the step."""
+        if surrogate:
+            return smooth_step(self.clip, self.settings, batch)
+        fixed = ImageBatch(batch.images.detach(), batch.seeds)
+        tuned = self.tune(fixed, False, on_progress)
+        return logits(self.clip.backbone, batch.images, tuned.text_features, tuned.prompts)
+
+    def predict(
+        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
+    ) -> Prediction:
+        tuned = self.tune(batch, True, on_progress)
+        return Prediction(tuned.logits.softmax(-1).cpu(), trace_of(tuned))
+
+    def tune(self, batch: ImageBatch, after: bool, on_progress: Progress) -> Tuned:
+        """The step, done once for all defences that take the same one.
+
+        after: also the loss terms after it.
+        """
+        clip, settings = self.clip, self.settings
+
+        def make() -> Tuned:
+            return tune(
+                clip.backbone,
+                clip.prompts,
+                batch.views(settings.views),
+                clip.texts,
+                statistics=clip.statistics,
+                config=settings,
+                text_features=clip.text_features,
+                view_logits=batch.view_logits(clip, settings.views, on_progress),
+                after=after,
+                on_progress=on_progress,
+            )
+
+        choices = [getattr(settings, name) for name in TuneConfig.model_fields]
+        return batch.shared(("tuned", clip, after, *choices), make)
+
+    @property
+    def start(self) -> Prompts:
+        """The prompts that every image starts from."""
+        return self.clip.prompts
+
+
+def trace_of(tuned: Tuned) -> Trace:
+    """What happened in the step."""
+    return {
+        "entropies": tuned.entropies,
+        "kept": tuned.kept,
+        "before": _by_image(tuned.before),
+        "after": None if tuned.after is None else _by_image(tuned.after),
+    }
+
+
+def _by_image(losses: Losses) -> dict[str, Tensor | None]:
+    """Loss terms with the images first."""
+    return {k: v if v is None or v.ndim == 1 else v.T for k, v in vars(losses).items()}
+
+
+register(
+    Defense(
+        "tapt",
+        "TAPT",
+        "prompts tuned for this one picture",
+        Tapt,
+        TaptSettings,
+        paper="arXiv 2411.13136",
+    )
+)

@@ -1,0 +1,215 @@
+"""What an evaluation measures: conditions, and every defence's outcome for each image.
+
+Randomness belongs to (seed, image): how the images are cut into batches changes nothing but speed.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tapt.core.attacks import Attack, l2_norm, linf_255
+from tapt.core.clip import PromptedClip
+from tapt.core.views import image_seeds
+from tapt.data import LabelledImages
+from tapt.defenses import ImageBatch, PreparedDefense
+from tapt.defenses.deployed import ask, variants
+from tapt.evaluation.outcomes import Key, Outcome
+from tapt.model import Model, attack_batch, timed
+
+AGREEMENT_IMAGES = 500
+DEPLOYED = "deployed"
+Answers = tuple[dict[str, Tensor], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class Condition:
+    """What the images go through.
+
+    attacked_model, attack: None for clean images.
+    defenses: whose answers count; of a deployed defence its own.
+    """
+
+    attacked_model: str | None
+    attack: Attack | None
+    defenses: tuple[str, ...]
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The condition in an outcome."""
+        attack = self.attack
+        return {
+            "attacked_model": self.attacked_model,
+            "attack": attack and attack.name,
+            "epsilon_255": attack and attack.epsilon_255,
+            "steps": attack and attack.budget_steps,
+        }
+
+    def key(self, dataset: str) -> Key:
+        """Values of `outcomes.CONDITION`."""
+        return (dataset, *self.fields.values())
+
+
+def make_conditions(
+    attacks: Sequence[Attack], attacked: Sequence[str], defenses: Sequence[str]
+) -> list[Condition]:
+    """Clean images first, then every attack on every attacked model; on `deployed` each defence
+    is attacked for itself."""
+    conditions = {Condition(None, None, ()).key(""): [Condition(None, None, tuple(defenses))]}
+    for model in dict.fromkeys(attacked):
+        for attack in attacks:
+            rows = [(name,) for name in defenses] if model == DEPLOYED else [tuple(defenses)]
+            same = [Condition(model, attack, names) for names in rows]
+            conditions.setdefault(same[0].key(""), same)  # CW has no epsilon and runs once
+    return [condition for group in conditions.values() for condition in group]
+
+
+@dataclass(frozen=True, eq=False)
+class Evaluator:
+    """All wanted defences of one data set.
+
+    seed: of everything random.
+    draws: of a deployed defence, for each gradient.
+    score_draws: fresh ones that score a randomised defence as deployed.
+    """
+
+    model: Model
+    clip: PromptedClip
+    defenses: dict[str, PreparedDefense]
+    data: LabelledImages
+    seed: int
+    draws: int
+    score_draws: int
+
+    def pixels(self, images: Sequence[int]) -> Tensor:
+        """Preprocessed images, uint8 (N, 3, S, S)."""
+        preprocess = self.model.backbone.preprocess
+        return torch.stack([preprocess(self.data.read(i)) for i in images])
+
+    def outcomes(
+        self,
+        condition: Condition,
+        images: Sequence[int],
+        tick: Callable[[], None] = lambda: None,
+    ) -> list[Outcome]:
+        """The outcome of each image; `tick` is called often and may raise to stop."""
+        pixels = shown = self.pixels(images)
+        labels = torch.tensor([self.data.labels[i] for i in images], device="cpu")
+        began = time.perf_counter()
+        deployed = condition.attacked_model == DEPLOYED
+        if condition.attack is not None:
+            shown = attack_batch(
+                self.clip,
+                str(condition.attacked_model),
+                pixels,
+                labels,
+                condition.attack,
+                prepared=self.defenses[condition.defenses[0]] if deployed else None,
+                draws=self.draws,
+                images=images,
+                on_progress=lambda done, total: tick(),
+            )
+        spent = (time.perf_counter() - began) / len(images)
+        ask_them = self._scored if deployed else self._answers
+        answers, seconds = ask_them(condition.defenses, shown, image_seeds(self.seed, images), tick)
+        right = {name: (a == labels).float().mean(0).tolist() for name, a in answers.items()}
+        largest, sizes = linf_255(shown, pixels).tolist(), l2_norm(shown, pixels).tolist()
+        return [
+            Outcome(
+                dataset=self.data.name,
+                **condition.fields,
+                image=image,
+                label=int(labels[i]),
+                answers={name: int(a[:, i].mode().values) for name, a in answers.items()},
+                right={name: shares[i] for name, shares in right.items()},
+                linf_255=largest[i],
+                l2=round(sizes[i], 5),
+                budget=self._budget(condition),
+                seconds=seconds,
+                attack_seconds=spent,
+            )
+            for i, image in enumerate(images)
+        ]
+
+    def _budget(self, condition: Condition) -> str:
+        attack, prepared = condition.attack, self.defenses[condition.defenses[0]]
+        if attack is None:
+            return ""
+        if condition.attacked_model != DEPLOYED or not prepared.randomised:
+            return attack.budget
+        draws = self.draws if attack.method.gradients else 1
+        others = " and ".join(filter(None, variants(prepared, attack)))
+        stronger = f", stronger of BPDA and {others}" if others else ""
+        return f"{attack.budget}, EOT {draws}{stronger}, scored on {self.score_draws} fresh draws"
+
+    def _scored(
+        self, names: Sequence[str], pixels: Tensor, seeds: Sequence[int], tick: Callable[[], None]
+    ) -> Answers:
+        """Answers over draws that neither the attack nor its choice knows, (draws, N)."""
+        (name,), began = names, time.perf_counter()
+        draws = self.score_draws if self.defenses[name].randomised else 1
+        probabilities = ask(self.defenses[name], pixels, seeds, "score", draws, tick=tick)
+        spent = (time.perf_counter() - began) / len(pixels) / draws
+        return {name: probabilities.argmax(-1)}, {name: spent}
+
+    def _answers(
+        self, names: Sequence[str], pixels: Tensor, seeds: Sequence[int], tick: Callable[[], None]
+    ) -> Answers:
+        """One answer each, (1, N), and the seconds per image that each defence takes alone."""
+        batch, answers, seconds = ImageBatch(self.model.floats(pixels), seeds), {}, {}
+        for name in names:
+            prediction, spent = timed(
+                self.defenses[name], batch, self.model, lambda done, total: tick()
+            )
+            answers[name] = prediction.probabilities.argmax(-1)[None]
+            seconds[name] = spent / len(pixels)
+        return answers, seconds
+
+
+def default_batch_size(evaluator: Evaluator) -> int:
+    """Images per pass that every defence can take at once; more of them on a large GPU."""
+    backbone = evaluator.model.backbone
+    size = min(prepared.images_per_pass for prepared in evaluator.defenses.values())
+    if backbone.device.type != "cuda":
+        return size
+    # a block keeps about 16 float32 values per channel for the gradient
+    bytes_per_token = 64 * backbone.visual_width * backbone.visual_blocks
+    free = torch.cuda.mem_get_info(backbone.device)[0] / 2
+    return max(1, int(size * min(16.0, free / bytes_per_token / 8192)))
+
+
+def selection_agreement(
+    chosen: Evaluator, exact: Evaluator, batch_size: int
+) -> list[dict[str, Any]]:
+    """Randomised defences whose views one evaluator selects in bfloat16 beside the same ones in
+    float32, on the first 500 clean images."""
+    n = min(AGREEMENT_IMAGES, len(chosen.data))
+    batches = [range(start, min(n, start + batch_size)) for start in range(0, n, batch_size)]
+    entries = []
+    for name in (name for name, prepared in chosen.defenses.items() if prepared.randomised):
+        same, largest, seconds = 0, 0.0, [0.0, 0.0]
+        for images in batches:
+            floats, both = chosen.model.floats(chosen.pixels(images)), []
+            for i, evaluator in enumerate((chosen, exact)):
+                batch = ImageBatch(floats, image_seeds(chosen.seed, images))
+                prediction, spent = timed(evaluator.defenses[name], batch, chosen.model)
+                both.append(prediction.probabilities)
+                seconds[i] += spent / n
+            same += int((both[0].argmax(-1) == both[1].argmax(-1)).sum())
+            largest = max(largest, float((both[0] - both[1]).abs().max()))
+        entries.append(
+            {
+                "dataset": chosen.data.name,
+                "defense": name,
+                "n": n,
+                "top1_agreement": same / n,
+                "largest_probability_difference": largest,
+                "seconds_per_image": {"bfloat16": seconds[0], "float32": seconds[1]},
+            }
+        )
+    return entries

@@ -1,0 +1,274 @@
+"""From per-image outcomes to rows, intervals and paired differences."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import combinations
+from pathlib import Path
+from statistics import median
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tapt.core.errors import InputError
+from tapt.core.settings import sentence
+from tapt.files import describe
+
+Z95 = 1.959963984540054
+CONDITION = ("dataset", "attacked_model", "attack", "epsilon_255", "steps")
+OLD_NAMES = {"square": "deployed", "adaptive": "deployed"}
+Key = tuple[Any, ...]
+Share = Annotated[float, Field(ge=0, le=1)]
+Size = Annotated[float, Field(ge=0)]
+
+
+class Outcome(BaseModel):
+    """One image under one condition: a line of outcomes.jsonl.
+
+    attacked_model, attack, epsilon_255, steps: None for clean images.
+    image: its index in the data set.
+    answers: the class that each defence answers most often over its draws.
+    right: share of each defence's draws that answer `label`.
+    linf_255, l2: measured size of the attack, in 1/255 and in [0, 1] pixels.
+    budget: what the attack might spend, in words.
+    seconds: that each defence took alone; attack_seconds: that the attack took.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
+
+    dataset: str
+    attacked_model: str | None
+    attack: str | None
+    epsilon_255: int | None
+    steps: int | None
+    image: int = Field(ge=0)
+    label: int = Field(ge=0)
+    answers: dict[str, int]
+    right: dict[str, Share]
+    linf_255: int = Field(ge=0)
+    l2: Size
+    budget: str
+    seconds: dict[str, Size]
+    attack_seconds: Size
+
+    @model_validator(mode="before")
+    @classmethod
+    def _convert(cls, given: Any) -> Any:
+        if isinstance(given, dict) and "threat" in given:  # before the attacked model had a name
+            threat = given["threat"]
+            return {**given, "attacked_model": OLD_NAMES.get(str(threat), threat)}
+        return given
+
+    @model_validator(mode="after")
+    def _check(self) -> Outcome:
+        if not set(self.right) <= set(self.seconds):
+            raise ValueError("seconds of a defence are missing")
+        return self
+
+    @property
+    def condition(self) -> Key:
+        """Values of `CONDITION`."""
+        return tuple(getattr(self, name) for name in CONDITION)
+
+
+def read_outcomes(path: Path) -> list[Outcome]:
+    """Whole lines of outcomes.jsonl; a line that an interruption cut short is left out.
+
+    Raises:
+        InputError: the file cannot be read, or a line is whole and something else.
+    """
+    outcomes = []
+    for number, record in _records(path):
+        try:
+            outcomes.append(Outcome.model_validate(record))
+        except ValidationError as error:
+            raise InputError(
+                f"{path.name} is damaged in line {number}: {sentence(error, Outcome)}."
+            ) from error
+    return outcomes
+
+
+def _records(path: Path) -> Iterable[tuple[int, Any]]:
+    try:
+        lines = path.read_bytes().splitlines() if path.exists() else []
+    except OSError as error:
+        raise InputError(f"{path.name} cannot be read: {describe(error)}.") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(record, dict):
+            yield number, record
+
+
+def to_lines(outcomes: Sequence[Outcome]) -> bytes:
+    """Outcomes as they stand in outcomes.jsonl."""
+    return "".join(outcome.model_dump_json() + "\n" for outcome in outcomes).encode()
+
+
+def wilson(right: float, n: int) -> tuple[float, float]:
+    """Wilson 95 % interval of a proportion; `right` may be a sum of shares."""
+    if n == 0:
+        return 0.0, 1.0
+    p, z2 = right / n, Z95**2
+    centre = (p + z2 / (2 * n)) / (1 + z2 / n)
+    half = Z95 * math.sqrt(p * (1 - p) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    # at the ends rounding would leave the proportion outside
+    return min(p, max(0.0, centre - half)), max(p, min(1.0, centre + half))
+
+
+def mcnemar(only_a: int, only_b: int) -> float:
+    """Exact two-sided p-value for `only_a` images that one defence alone answers rightly, and
+    `only_b` that the other one does."""
+    n, fewer = only_a + only_b, min(only_a, only_b)
+    return min(1.0, 2 * sum(math.comb(n, k) for k in range(fewer + 1)) / 2**n)
+
+
+class Outcomes:
+    """Per condition and defence, the outcome of every image.
+
+    outcomes: of two for the same image and defence the later one counts.
+    """
+
+    def __init__(self, outcomes: Iterable[Outcome]) -> None:
+        self.cells: dict[Key, dict[str, dict[int, Outcome]]] = defaultdict(
+            lambda: defaultdict(dict)
+        )
+        for outcome in outcomes:
+            for defense in outcome.right:
+                self.cells[outcome.condition][defense][outcome.image] = outcome
+
+    def has(self, condition: Key, defense: str, image: int) -> bool:
+        """Whether this outcome is there."""
+        return image in self.cells.get(condition, {}).get(defense, {})
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One row per set, defence and attack, and the worst case over the attacks."""
+        rows = [
+            self._row(condition, defense, images)
+            for condition in self._attacked()
+            for defense, images in self.cells[condition].items()
+        ]
+        return rows + self._worst()
+
+    def paired(self) -> list[dict[str, Any]]:
+        """Differences between defences on the same images, under every condition; a defence is
+        right where at least half of its draws are."""
+        rows = []
+        for condition, cell in self.cells.items():
+            for a, b in combinations(cell, 2):
+                pairs = [
+                    (cell[a][i].right[a] >= 0.5, cell[b][i].right[b] >= 0.5)
+                    for i in cell[a]
+                    if i in cell[b]
+                ]
+                only_a, only_b = pairs.count((True, False)), pairs.count((False, True))
+                rows.append(
+                    {
+                        **dict(zip(CONDITION, condition, strict=True)),
+                        "a": a,
+                        "b": b,
+                        "n": len(pairs),
+                        "only_a": only_a,
+                        "only_b": only_b,
+                        "difference": (only_a - only_b) / max(1, len(pairs)),
+                        "p_value": mcnemar(only_a, only_b),
+                    }
+                )
+        return rows
+
+    def _attacked(self) -> list[Key]:
+        return [condition for condition in self.cells if condition[1] is not None]
+
+    def _row(
+        self,
+        condition: Key,
+        defense: str,
+        images: Mapping[int, Outcome],
+        budget: str | None = None,
+    ) -> dict[str, Any]:
+        every = self.cells.get((condition[0], None, None, None, None), {}).get(defense, {})
+        clean = [every[i].right[defense] for i in images if i in every]
+        shares = {i: outcome.right[defense] for i, outcome in images.items()}
+        right, n = sum(shares.values()), len(images)
+        row = {
+            **dict(zip(CONDITION, condition, strict=True)),
+            "defense": defense,
+            "n": n,
+            "clean_accuracy": sum(clean) / max(1, len(clean)),
+            "clean_ci95": list(wilson(sum(clean), len(clean))),
+            "accuracy": right / n,
+            "ci95": list(wilson(right, n)),
+            "budget": budget or next(iter(images.values())).budget,
+            "seconds_per_image": sum(o.seconds[defense] for o in images.values()) / n,
+            "attack_seconds_per_image": sum(o.attack_seconds for o in images.values()) / n,
+        }
+        if condition[3] is None:  # an attack without epsilon counts by its size
+            fooled = [
+                images[i].l2
+                for i, share in shares.items()
+                if share < 0.5 and (i not in every or every[i].right[defense] >= 0.5)
+            ]
+            row["l2_median"] = median(fooled) if fooled else None
+        return row
+
+    def _worst(self) -> list[dict[str, Any]]:
+        groups: dict[Key, list[Key]] = defaultdict(list)
+        for condition in self._attacked():
+            dataset, _, _, epsilon, _ = condition
+            for defense in self.cells[condition]:
+                if epsilon is not None:
+                    groups[dataset, epsilon, defense].append(condition)
+        rows = []
+        for (dataset, epsilon, defense), conditions in groups.items():
+            cells = [self.cells[condition][defense] for condition in conditions]
+            common = sorted(set.intersection(*(set(images) for images in cells)))
+            if len(conditions) < 2 or not common:
+                continue
+            worst = {
+                i: min((images[i] for images in cells), key=lambda o: o.right[defense])
+                for i in common
+            }
+            budget = "; ".join(
+                f"{condition[2]} on {condition[1]} ({next(iter(cell.values())).budget})"
+                for condition, cell in zip(conditions, cells, strict=True)
+            )
+            condition = (dataset, "all", "worst", epsilon, None)
+            rows.append(self._row(condition, defense, worst, budget))
+        return rows
+
+
+def averages(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Means over several sets, one row of each; the errors of independent sets add up as squares
+    (Newcombe 1998)."""
+    groups: dict[Key, list[Mapping[str, Any]]] = defaultdict(list)
+    for row in rows:
+        settings = json.dumps(row.get("settings", {}), sort_keys=True)
+        key = (row["defense"], settings, *(row[name] for name in CONDITION[1:]))
+        groups[key].append(row)
+    return [
+        {
+            **group[0],
+            "dataset": f"mean of {len(group)}",
+            "n": sum(row["n"] for row in group),
+            **{k: _mean(group, k) for k in ("clean_accuracy", "accuracy", "seconds_per_image")},
+            "clean_ci95": _interval(group, "clean_accuracy", "clean_ci95"),
+            "ci95": _interval(group, "accuracy", "ci95"),
+        }
+        for group in groups.values()
+        if len({row["dataset"] for row in group}) == len(group) > 1
+    ]
+
+
+def _mean(group: Sequence[Mapping[str, Any]], key: str) -> float:
+    return float(sum(row[key] for row in group)) / len(group)
+
+
+def _interval(group: Sequence[Mapping[str, Any]], key: str, ends: str) -> list[float]:
+    low, high = (math.hypot(*(row[key] - row[ends][i] for row in group)) for i in (0, 1))
+    middle = _mean(group, key)
+    return [middle - low / len(group), middle + high / len(group)]

@@ -1,0 +1,98 @@
+"""The test-time step a second time, as the paper's section 3 writes it down, without any saving.
+
+Gradients of every view, class sentences padded to the full context, AdamW by hand: it shares the
+towers with `tapt.core` and nothing of its tuning, and so checks it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from tapt.core.backbone import Backbone
+from tapt.core.losses import Statistics
+from tapt.core.prompts import Prompts
+from tapt.core.towers import encode_image, encode_text
+from tapt.core.tuning import TuneConfig
+
+
+def plain_tune(
+    backbone: Backbone,
+    prompts: Prompts,
+    views: Tensor,
+    tokens: Tensor,
+    statistics: Statistics,
+    config: TuneConfig,
+) -> tuple[Tensor, dict[str, float]]:
+    """Tuned logits (C,) of one image, and seconds per phase.
+
+    views: (V, 3, S, S) in [0, 1]; view 0 is the image itself.
+    tokens: of the class sentences, (C, L).
+    """
+    design, depth = prompts.config, prompts.config.visual_depth
+    tensors = {name: t.clone().requires_grad_() for name, t in prompts.tensors.items()}
+    moments = {name: [torch.zeros_like(t), torch.zeros_like(t)] for name, t in tensors.items()}
+    current, clock = Prompts(design, tensors), _Clock(backbone)
+
+    def encode_classes() -> Tensor:
+        return normalize(encode_text(backbone, tokens, current.text()), dim=-1)
+
+    def encode(images: Tensor, text: Tensor, hidden: Sequence[int] = ()) -> tuple:
+        features, states = encode_image(backbone, images, current.visual(), hidden=hidden)
+        return backbone.logit_scale * normalize(features, dim=-1) @ text.T, states
+
+    kept = None
+    for step in range(1, config.steps + 1):
+        text = encode_classes()
+        clock.lap("text")
+        logits, states = encode(views, text, range(depth - 1))
+        p = logits.softmax(-1)
+        if kept is None:
+            entropies = -(p * p.log()).sum(-1)
+            kept = entropies.argsort()[: max(1, int(len(views) * config.keep))]
+        clock.lap("select")
+        mean = p[kept].mean(0)
+        loss = -(mean * mean.log()).sum()
+        sides = (config.alpha, statistics.adversarial), (1 - config.alpha, statistics.clean)
+        for block, state in enumerate(states):
+            for share, target in sides:
+                by_mean = (state[kept].mean(0) - target.mean[block]).abs().mean()
+                by_var = (state[kept].var(0, unbiased=False) - target.var[block]).abs().mean()
+                loss = loss + config.alignment_weight / depth * share * (by_mean + by_var) / 2
+        gradients = torch.autograd.grad(loss, list(tensors.values()), allow_unused=True)
+        for name, gradient in zip(tensors, gradients, strict=True):
+            if gradient is not None:
+                _adamw(tensors[name].data, gradient, moments[name], step, config)
+        clock.lap("gradient")
+    with torch.no_grad():
+        logits, _ = encode(views[:1], encode_classes())
+    clock.lap("predict")
+    return logits[0], clock.seconds
+
+
+def _adamw(
+    value: Tensor, gradient: Tensor, moments: list[Tensor], step: int, config: TuneConfig
+) -> None:
+    (b1, b2), lr = config.betas, config.lr
+    moments[0] = b1 * moments[0] + (1 - b1) * gradient
+    moments[1] = b2 * moments[1] + (1 - b2) * gradient**2
+    first, second = moments[0] / (1 - b1**step), moments[1] / (1 - b2**step)
+    value.mul_(1 - lr * config.weight_decay).sub_(lr * first / (second.sqrt() + config.eps))
+
+
+class _Clock:
+    """Seconds between the laps, by phase."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.device, self.seconds = backbone.device, dict[str, float]()
+        self._last = time.perf_counter()
+
+    def lap(self, phase: str) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        before, self._last = self._last, time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + self._last - before

@@ -1,0 +1,224 @@
+"""Sanity rules that an attack harness must pass.
+
+An image counts as right where a model keeps its own clean answer, so no labels are needed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tapt
+from tapt.core.attacks import METHODS, Attack, attack_images, linf_255
+from tapt.core.clip import Classifier, PromptedClip
+from tapt.core.errors import InputError
+from tapt.core.images import open_image, to_float
+from tapt.core.views import generators, image_seeds, random_view
+from tapt.data import LabelledImages, benchmarks
+from tapt.defenses import ImageBatch, PreparedDefense, find_defenses
+from tapt.defenses.deployed import Deployed, ask, attack_deployed
+from tapt.model import VICTIM, Model
+
+EXAMPLES = Path(tapt.__file__).with_name("examples")
+IMAGES, FEW, DRAWS = 16, 4, 4
+LARGE, MIDDLE, SMALL = 128 / 255, 8 / 255, 1 / 255
+FIXED = ("clip", "static")
+FEWER_VIEWS = {"views": 16, "keep": 0.25}  # it is the harness that is checked, not the defence
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The harness under test; its parts can be replaced by broken ones.
+
+    pixels: uint8, (N, 3, S, S).
+    """
+
+    clip: PromptedClip
+    defenses: Mapping[str, PreparedDefense]
+    pixels: Tensor
+    attack: Callable[..., Tensor] = attack_images
+    deployed: Callable[..., Tensor] = attack_deployed
+
+    def classifier(self, model: str) -> Classifier:
+        """A fixed model, as an attack sees it."""
+        return {"clip": self.clip.vanilla, "static": self.clip.static}[model]
+
+    @torch.no_grad()
+    def answers(self, model: str, pixels: Tensor | None = None) -> Tensor:
+        """What a fixed model answers, (N,)."""
+        pixels = self.pixels if pixels is None else pixels
+        images = to_float(pixels.to(self.clip.backbone.device), self.clip.backbone.dtype)
+        return self.classifier(model)(images).argmax(-1).cpu()
+
+    def attacked(self, model: str, attack: Attack) -> Tensor:
+        """White-box on a fixed model, uint8 (N, 3, S, S)."""
+        return self.attack(self.classifier(model), self.pixels, self.answers(model), attack)
+
+    def accuracy(self, model: str, attack: Attack) -> float:
+        """Share of the answers of a fixed model that a white-box attack leaves."""
+        kept = self.answers(model, self.attacked(model, attack)) == self.answers(model)
+        return float(kept.float().mean())
+
+    def deployed_accuracy(self, name: str, attack: Attack, draws: int = 1) -> float:
+        """The same on the first few images for a defence as it is deployed, over fresh draws."""
+        prepared, pixels = self.defenses[name], self.pixels[:FEW]
+        seeds = image_seeds(0, range(len(pixels)))
+        labels = ask(prepared, pixels, seeds, "label", DRAWS).mean(0).argmax(-1)
+        attacked = self.deployed(prepared, pixels, labels, attack, draws=draws)
+        answers = ask(prepared, attacked, seeds, "score", DRAWS).argmax(-1)
+        return float((answers == labels).float().mean())
+
+
+Verdict = tuple[bool, str]
+
+
+def large_epsilon(lab: Lab) -> Verdict:
+    """A large epsilon leaves no model right."""
+    left = {model: lab.accuracy(model, Attack("pgd", LARGE, 20)) for model in FIXED}
+    if max(left.values()) <= 0.1:  # the deployed ones take longer
+        for name, prepared in lab.defenses.items():
+            if prepared.randomised:
+                left[name] = lab.deployed_accuracy(name, Attack("pgd", LARGE, 8))
+    return max(left.values()) <= 0.1, _percent(left)
+
+
+def more_steps(lab: Lab) -> Verdict:
+    """More attack steps never help the defender."""
+    left = {n: lab.accuracy("static", Attack("pgd", SMALL, n)) for n in (1, 5, 20, 50)}
+    values, noise = list(left.values()), max(0.05, 1.5 / len(lab.pixels))
+    never = all(more <= fewer + noise for fewer, more in itertools.pairwise(values))
+    return never, _percent({f"{n} steps": value for n, value in left.items()})
+
+
+def rounding(lab: Lab) -> Verdict:
+    """Every attacked image, rounded to 8 bits, is within epsilon and reaches it on both sides."""
+    wrong, few = [], replace(lab, pixels=lab.pixels[:FEW])
+    for name in (name for name, row in METHODS.items() if row.norm == "Linf"):
+        attacked = few.attacked("static", Attack(name, 3 / 255, 2))
+        if attacked.dtype != torch.uint8 or linf_255(attacked, few.pixels).max() > 3:
+            wrong.append(f"{name} leaves the ball")
+        change = attacked.int() - few.pixels.int()
+        if name == "pgd" and (int(change.max()), int(change.min())) != (3, -3):
+            wrong.append(f"{name} moves from {change.min()} to {change.max()} of 3")
+    return not wrong, ", ".join(wrong) or "L-inf <= 3/255 for every attack"
+
+
+def autoattack(lab: Lab) -> Verdict:
+    """AutoAttack is at least as strong as PGD on the static prompts, within 2 points."""
+    left = {name: lab.accuracy("static", Attack(name, SMALL, 10)) for name in ("pgd", "autoattack")}
+    return left["autoattack"] <= left["pgd"] + 0.02, _percent(left)
+
+
+def black_box(lab: Lab) -> Verdict:
+    """A black-box attack on the deployed defence is not stronger than the adaptive one."""
+    left = {
+        "square": lab.deployed_accuracy(VICTIM, Attack("square", MIDDLE, 60)),
+        "adaptive": lab.deployed_accuracy(VICTIM, Attack("pgd", MIDDLE, 10), draws=2),
+    }
+    return left["adaptive"] <= left["square"] + 0.1, _percent(left)
+
+
+def same_model(lab: Lab) -> Verdict:
+    """The attack sees the model that is scored, in float32: same classes, sentences and views."""
+    backbone, seed = lab.clip.backbone, 3
+    images = to_float(lab.pixels[:1].to(backbone.device), backbone.dtype)
+    fresh = replace(lab.clip)  # reads its sentences anew
+    farthest = {}
+    for row in find_defenses(list(lab.defenses)):
+        prepared = lab.defenses[row.name]
+        first = int(torch.randint(2**62, (), generator=generators([seed])[0], device="cpu"))
+        scored = row.prepare(fresh, prepared.settings).predict(ImageBatch(images, [first]))
+        with torch.no_grad():
+            attacked = Deployed(prepared, generators([seed]))(images)
+        difference = (attacked.exp().cpu() - scored.probabilities).abs().max()
+        farthest[row.name] = float(difference)
+    shown = ", ".join(f"{name} {value:.1g}" for name, value in farthest.items())
+    exact = backbone.dtype == torch.float32
+    return exact and max(farthest.values()) < 1e-3, f"largest difference of a probability: {shown}"
+
+
+RULES = (large_epsilon, more_steps, rounding, autoattack, black_box, same_model)
+
+
+def _nothing(model: Classifier, pixels: Tensor, labels: Tensor, attack: Attack) -> Tensor:
+    return pixels
+
+
+def _wrong_way(model: Classifier, pixels: Tensor, labels: Tensor, attack: Attack) -> Tensor:
+    targets = labels if attack.method.targeted else None
+    return attack_images(model, pixels, labels, attack, targets=targets)
+
+
+def _floored(model: Classifier, pixels: Tensor, labels: Tensor, attack: Attack) -> Tensor:
+    change = attack_images(model, pixels, labels, attack).int() - pixels.int()
+    return (pixels.int() + change - 1).clamp(0, 255).to(torch.uint8)
+
+
+BROKEN = {"does nothing": _nothing, "goes the wrong way": _wrong_way, "rounds down": _floored}
+
+
+def broken_attack(lab: Lab) -> Verdict:
+    """An attack that is broken on purpose is caught."""
+    few = replace(lab, pixels=lab.pixels[:FEW])
+    missed = [
+        name
+        for name, attack in BROKEN.items()
+        if all(rule(replace(few, attack=attack))[0] for rule in (rounding, large_epsilon))
+    ]
+    return not missed, f"missed: {', '.join(missed)}" if missed else f"{len(BROKEN)} caught"
+
+
+def _percent(values: Mapping[str, float]) -> str:
+    return ", ".join(f"{name} {100 * value:.0f} %" for name, value in values.items())
+
+
+def selfcheck(
+    model: Model, data: LabelledImages | None = None
+) -> Iterator[tuple[str, bool, str, float]]:
+    """Runs every rule: what it says, whether it holds, what was measured, seconds.
+
+    data: some of its images and its classes, instead of crops of the example pictures.
+    """
+    yield from check(make_lab(model, data))
+
+
+def make_lab(model: Model, data: LabelledImages | None = None, count: int = IMAGES) -> Lab:
+    """The harness on `count` images at most."""
+    if data is None:
+        clip = model.prepare(benchmarks()["CIFAR10"].classes)
+        pixels = example_pixels(model, count)
+    else:
+        data = data.balanced(count)
+        clip = model.prepare(data.classes, template=data.template, as_listed=True)
+        pixels = torch.stack([model.backbone.preprocess(image) for image, _ in data])
+    return Lab(clip, model.prepare_defenses(clip, changes=FEWER_VIEWS), pixels)
+
+
+def check(lab: Lab) -> Iterator[tuple[str, bool, str, float]]:
+    """`selfcheck` on a harness."""
+    for rule in (*RULES, broken_attack):
+        began = time.perf_counter()
+        passed, measured = rule(lab)
+        sentence = (rule.__doc__ or rule.__name__).splitlines()[0]
+        yield sentence, passed, measured, time.perf_counter() - began
+
+
+def example_pixels(model: Model, count: int = IMAGES) -> Tensor:
+    """Random crops of the example pictures, uint8, (count, 3, S, S)."""
+    (generator,) = generators([0])
+    paths = sorted(EXAMPLES.rglob("*.png"))
+    if not paths:
+        raise InputError("The example pictures are missing: give data.")
+    pictures = [model.backbone.preprocess(open_image(path)) for path in paths]
+    crops: list[Any] = [
+        random_view(to_float(pictures[i % len(pictures)]), generator, min_scale=0.5)
+        for i in range(count)
+    ]
+    return (torch.stack(crops) * 255).round().to(torch.uint8)

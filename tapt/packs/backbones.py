@@ -1,0 +1,161 @@
+"""Backbones by name: from the embedded folders, the Hub, a folder, or untrained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import open_clip
+import torch
+from torch import nn
+
+from tapt.core.backbone import (
+    Backbone,
+    Tokenizer,
+    freeze,
+    pretrained_model,
+    random_model,
+    usable_device,
+)
+from tapt.core.errors import BackboneError
+from tapt.files import file_sha256
+from tapt.packs.architecture import check_size, check_towers, read_config, stored_values
+from tapt.packs.hub import Origin, Progress, Snapshot, Token, parse_id, snapshot
+
+_INSTALLED = Path(__file__).resolve().parents[1] / "_prompts"
+EMBEDDED = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2] / "prompts"
+OPENAI_NAMES = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
+CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+MAX_CONFIG_BYTES, MAX_BYTES = 1_000_000, 16_000_000_000  # of a backbone's files on the Hub
+
+Loaded = tuple[nn.Module, Tokenizer]
+
+
+def embedded_backbones() -> list[str]:
+    """Names of the backbones that come with the project."""
+    return sorted(path.parents[1].name for path in EMBEDDED.glob(f"*/backbone/{CONFIG_FILE}"))
+
+
+def load_backbone(
+    name: str,
+    *,
+    revision: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    token: Token = False,
+    progress: Progress | None = None,
+    unreachable: str | None = None,
+) -> tuple[Backbone, Origin | None]:
+    """Loads a CLIP, frozen and in eval mode; with it what was fetched, None without the Hub.
+
+    name: an embedded one such as `tiny`; `ViT-B-32`, `ViT-B-16` or `ViT-L-14` with OpenAI's
+        weights; any `architecture:tag` of open_clip; `hf-hub:owner/repo[@revision]`;
+        `local-dir:path`; `random:architecture` for untrained weights, on purpose.
+    revision: branch, tag or commit of a Hub repo.
+    device: default CUDA, then MPS, then CPU, whichever is there.
+    dtype: default float32.
+    token, progress, unreachable: for the Hub, see `snapshot`.
+
+    Raises:
+        BackboneError: unknown name or device, missing weights, a revision of what has none, or a
+            tower that cannot take prompts.
+        HubError: the weights cannot be fetched, and are not in the local cache.
+    """
+    place = usable_device(device)
+    kind, _, rest = name.partition(":")
+    embedded = name in embedded_backbones()
+    if revision and (embedded or kind in ("random", "local-dir")):
+        raise BackboneError(
+            f"Backbone {name!r} does not come from the Hub and has no revision {revision!r}."
+        )
+    fetch = partial(
+        _fetch, revision=revision, token=token, progress=progress, unreachable=unreachable
+    )
+    source, sha256, origin = name, None, None
+    if kind == "random":
+        if rest in open_clip.list_models():
+            check_towers(open_clip.get_model_config(rest) or {}, name)
+        model, tokenizer = random_model(rest)
+    elif embedded or kind == "local-dir":
+        folder = EMBEDDED / name / "backbone" if embedded else Path(rest).expanduser()
+        model, tokenizer = _load_folder(folder, name)
+        sha256 = file_sha256(folder / WEIGHTS_FILE)
+    elif kind == "hf-hub":
+        fetched = fetch(rest, (CONFIG_FILE, WEIGHTS_FILE))
+        model, tokenizer = _load_folder(fetched.folder, name)
+        source, origin = name.partition("@")[0], fetched.origin
+        sha256 = fetched.sha256(WEIGHTS_FILE)
+    else:
+        (model, tokenizer), sha256, origin = _load_tag(name, fetch)
+    model = freeze(model, place, dtype)
+    commit = origin.commit if origin else None
+    return Backbone(name, model, tokenizer, source, commit, sha256), origin
+
+
+def is_public(name: str) -> bool:
+    """Whether a backbone comes from the Hub, with open_clip or with the project; not a folder."""
+    kind, _, rest = name.partition(":")
+    if kind == "hf-hub":
+        where = parse_id(rest)
+        return where is not None and not where.subfolder
+    return name in embedded_backbones() or kind in open_clip.list_models()
+
+
+def hub_repo(name: str) -> str | None:
+    """The Hub's repo of a backbone, None for one that is not there."""
+    kind, _, rest = name.partition(":")
+    if kind == "hf-hub":
+        return rest.partition("@")[0]
+    tag = open_clip.get_pretrained_cfg(kind, rest or "openai") or {}
+    return tag.get("hf_hub", "").rpartition("/")[0] or None
+
+
+def _fetch(name: str, files: Sequence[str], *, revision: str | None, **options: Any) -> Snapshot:
+    where = parse_id(f"{name}@{revision}" if revision else name)
+    if where is None or where.subfolder:
+        raise BackboneError(f"{name!r} is not a Hub id; write owner/name or owner/name@revision.")
+    sizes = {file: MAX_CONFIG_BYTES if file == CONFIG_FILE else MAX_BYTES for file in files}
+    return snapshot(where, sizes, **options)
+
+
+def _load_folder(folder: Path, name: str) -> Loaded:
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
+        if not (folder / file).is_file():
+            raise BackboneError(f"Backbone {name!r} has no {file}.")
+    config = read_config(folder / CONFIG_FILE, name)
+    check_size(config, stored_values(folder / WEIGHTS_FILE, name), name)
+    return pretrained_model(f"local-dir:{folder}", name)
+
+
+def _load_tag(name: str, fetch: Callable[..., Snapshot]) -> tuple[Loaded, str, Origin]:
+    architecture, _, tag = name.partition(":")
+    tag = tag or "openai"
+    tags = open_clip.list_pretrained_tags_by_model(architecture)
+    if tag not in tags:
+        known = ", ".join(tags) or "none; see open_clip.list_pretrained()"
+        names = ", ".join((*embedded_backbones(), *OPENAI_NAMES))
+        raise BackboneError(
+            f"Backbone {name!r} is unknown. Use {names}, architecture:tag, hf-hub:owner/repo, "
+            f"local-dir:path or random:architecture. Tags of {architecture!r}: {known}."
+        )
+    full = f"{architecture}:{tag}"
+    check_towers(open_clip.get_model_config(architecture) or {}, full)
+    cfg = open_clip.get_pretrained_cfg(architecture, tag)
+    repo, _, file = cfg.get("hf_hub", "").rpartition("/")
+    file = file if file.endswith(".safetensors") else WEIGHTS_FILE
+    fetched = fetch(repo, (file,))
+    stored_values(fetched.folder / file, full)
+    # OpenAI's weights were trained with QuickGELU; the plain architecture would only warn
+    loaded = pretrained_model(
+        architecture,
+        full,
+        pretrained=str(fetched.folder / file),
+        force_quick_gelu=bool(cfg.get("quick_gelu")),
+        image_mean=cfg.get("mean"),
+        image_std=cfg.get("std"),
+        image_interpolation=cfg.get("interpolation"),
+        image_resize_mode=cfg.get("resize_mode"),
+    )
+    return loaded, fetched.sha256(file), fetched.origin

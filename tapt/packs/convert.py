@@ -1,0 +1,152 @@
+"""Packs from files of the method's published research code.
+
+Its checkpoints are pickles and also hold the whole CLIP, optimiser and scheduler objects. They
+are read by `tapt.packs.checkpoint`, which executes nothing.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from tapt.core.backbone import Backbone
+from tapt.core.errors import InputError, PackError
+from tapt.core.losses import Statistics, TokenStatistics
+from tapt.core.prompts import PromptConfig, Prompts
+from tapt.packs.checkpoint import StoredTensor, read_checkpoint
+from tapt.packs.format import Pack, base_model, statistics_shapes
+
+_CONTEXT = "prompt_learner.ctx"
+_VISUAL = "image_encoder.VPT"
+_DEEP_VISUAL = "image_encoder.transformer.resblocks.{}.VPT_shallow"
+_DEEP_TEXT = "text_encoder.transformer.resblocks.{}.VPT_shallow"
+_COMPOUND = "prompt_learner.compound_prompts_text.{}"
+_PROJECTION = "prompt_learner.compound_prompt_projections.{}"
+_BLOCK = r"transformer\.resblocks\.\d+\.(attn|mlp|ln_1|ln_2)\..+"
+_TOWER = rf"({_BLOCK}|positional_embedding|class_embedding|proj|(conv1|ln_\w+)\.(weight|bias))"
+_BACKBONE = re.compile(
+    rf"(module\.)?(logit_scale|prompt_learner\.token_(prefix|suffix)|image_encoder\.{_TOWER}"
+    rf"|text_encoder\.({_TOWER}|text_projection|token_embedding\.weight))"
+)
+
+
+def research_names(config: PromptConfig) -> dict[str, list[str]]:
+    """Per parameter of ours, the research code's names of its slices, in order of depth."""
+    visual = [_VISUAL] + [_DEEP_VISUAL.format(d) for d in range(1, config.visual_depth)]
+    if config.design == "V":
+        return {"visual": visual}
+    if config.design == "VLI":
+        text = [_DEEP_TEXT.format(d) for d in range(1, config.text_blocks)]
+        return {"visual": visual, "text": [_CONTEXT, *text]}
+    depth = max(config.visual_depth, config.text_blocks)
+    projections = ["prompt_learner.proj"] + [
+        _PROJECTION.format(d) for d in range(config.visual_depth - 1)
+    ]
+    return {
+        "text": [_CONTEXT, *(_COMPOUND.format(d) for d in range(depth - 1))],
+        "projection.weight": [f"{name}.weight" for name in projections],
+        "projection.bias": [f"{name}.bias" for name in projections],
+    }
+
+
+def from_research(state: Mapping[str, Tensor], config: PromptConfig) -> Prompts:
+    """Prompts from a mapping of research names to tensors.
+
+    Raises:
+        PackError: a parameter of this design is missing; all missing names are listed.
+    """
+    names = research_names(config)
+    missing = [name for slices in names.values() for name in slices if name not in state]
+    if missing:
+        raise PackError(f"The checkpoint lacks {', '.join(missing)} for design {config.design}.")
+    return Prompts(config, {k: torch.stack([state[n] for n in v]) for k, v in names.items()})
+
+
+def convert(
+    state: Mapping[str, Tensor], design: str, statistics: Sequence[Tensor], backbone: Backbone
+) -> Pack:
+    """A pack from a research `state_dict` and its statistics.
+
+    state: the prompt parameters, no others.
+    statistics: adversarial mean and variance, clean mean and variance, each
+        (blocks, tokens, width).
+
+    Raises:
+        PackError: missing or unknown parameters, shapes of another backbone, or values that are
+            not finite.
+    """
+    config = _config(state, design)
+    names = {name for slices in research_names(config).values() for name in slices}
+    if unknown := sorted(set(state) - names):
+        raise PackError(
+            f"The checkpoint has unknown parameters for design {design}: {', '.join(unknown)}."
+        )
+    try:
+        shapes = config.shapes(backbone)
+        prompts = from_research(state, config)
+    except (InputError, RuntimeError) as error:  # slices of different shapes do not stack
+        raise PackError(f"The checkpoint's prompts do not fit together: {error}") from error
+    measured = statistics_shapes(backbone, config)
+    given = {**prompts.tensors, **dict(zip(measured, statistics, strict=True))}
+    for name, shape in (shapes | measured).items():
+        if tuple(given[name].shape) != shape:
+            raise PackError(
+                f"{name} must have shape {shape} for backbone {backbone.name!r}, "
+                f"got {tuple(given[name].shape)}."
+            )
+        if not torch.isfinite(given[name]).all():
+            raise PackError(f"{name} has values that are not finite.")
+        if name.endswith(".var") and (given[name] < 0).any():
+            raise PackError(f"{name} has negative values.")
+    targets = Statistics(TokenStatistics(*statistics[:2]), TokenStatistics(*statistics[2:]))
+    training = {"source": "checkpoint of the method's published research code"}
+    return Pack(prompts, targets, {}, "converted", base_model(backbone), training)
+
+
+def _config(state: Mapping[str, Tensor], design: str) -> PromptConfig:
+    """Tokens and depths, counted in the checkpoint."""
+
+    def depth(pattern: str, first: int) -> int:
+        number = first
+        while pattern.format(number) in state:
+            number += 1
+        return 1 + number - first
+
+    first = _CONTEXT if design == "VLJ" else _VISUAL
+    if first not in state or state[first].ndim != 2:
+        raise PackError(f"The checkpoint lacks {first} (tokens, width) for design {design}.")
+    tokens = len(state[first])
+    if design == "VLJ":
+        depths = depth(_PROJECTION + ".weight", 0), depth(_COMPOUND, 0)
+    else:
+        depths = depth(_DEEP_VISUAL, 1), depth(_DEEP_TEXT, 1)
+    visual, text = depths
+    return PromptConfig(design=design, tokens=tokens, visual_depth=visual, text_depth=text)
+
+
+def convert_files(
+    checkpoint: Path, design: str, statistics: Sequence[Path], backbone: Backbone
+) -> Pack:
+    """A pack from a research checkpoint and four files of one tensor each; see `convert`.
+
+    Raises:
+        PackError: a file is missing or not what it should be, and whatever `convert` raises.
+    """
+    content = read_checkpoint(checkpoint)
+    state = content.get("state_dict", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):
+        raise PackError(f"{checkpoint.name!r} has no state_dict.")
+    measured = [read_checkpoint(path) for path in statistics]
+    for path, value in zip(statistics, measured, strict=True):
+        if not isinstance(value, StoredTensor):
+            raise PackError(f"{path.name!r} is not a file of one tensor.")
+    prompts = {
+        key.removeprefix("module."): value.read()
+        for key, value in state.items()
+        if isinstance(value, StoredTensor) and not _BACKBONE.fullmatch(key)
+    }
+    return convert(prompts, design, [value.read() for value in measured], backbone)

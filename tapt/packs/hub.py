@@ -1,0 +1,301 @@
+"""Files from the Hugging Face Hub: one commit, sizes and checksums checked, in bounded time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import httpx2
+from huggingface_hub import (
+    HfApi,
+    constants,
+    get_session,
+    hf_hub_download,
+    try_to_load_from_cache,
+)
+from huggingface_hub.errors import HFValidationError, RevisionResolutionError
+from huggingface_hub.file_download import repo_folder_name
+from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
+from tqdm import tqdm
+
+from tapt.core.errors import HubError
+from tapt.files import file_sha256, git_sha1, write_file
+from tapt.packs.client import Stalled, bounded
+from tapt.packs.reasons import STALLED, reason, refusal, status_reason
+
+_ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?", re.ASCII)
+_NO_BAR = partial(tqdm, disable=True)
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+Token = str | bool | None
+"""False for no token, None for the user's own from the usual places."""
+Progress = Callable[[int, int], None]
+"""Called with the bytes that have arrived and those that are to come in all."""
+T = TypeVar("T")
+
+
+class HubId(NamedTuple):
+    """`owner/repo[/subfolder][@revision]`, taken apart."""
+
+    repo: str
+    subfolder: str
+    revision: str | None
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What was fetched, for people.
+
+    size: of the files, in bytes.
+    cached: nothing had to be downloaded.
+    unreachable: why the local cache stands in for the Hub, None where it does not.
+    """
+
+    repo: str
+    commit: str
+    size: int
+    cached: bool
+    unreachable: str | None = None
+
+    def __str__(self) -> str:
+        cache = ", from the local cache" if self.cached else ""
+        reason = f": {self.unreachable}" if self.unreachable else ""
+        return f"{self.repo} at commit {self.commit[:7]} ({self.size / 1e6:.1f} MB{cache}{reason})"
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Checked files of one commit in one folder.
+
+    checksums: by file name, SHA-256 for large files and git's SHA-1 for others; "" if unknown.
+    """
+
+    folder: Path
+    origin: Origin
+    checksums: Mapping[str, str]
+
+    def sha256(self, name: str) -> str:
+        """SHA-256 of one of the files, as hexadecimal digits."""
+        known = self.checksums[name]
+        return known if len(known) == 64 else file_sha256(self.folder / name)
+
+
+def parse_id(text: str) -> HubId | None:
+    """Takes a Hub id apart; None for anything that is not one."""
+    match = _ID.fullmatch(text)
+    if match is None:
+        return None
+    repo, subfolder, revision = match.groups()
+    parts = [*subfolder.split("/")[1:], *(revision or "main").split("/")]
+    if any(part.strip(".") == "" for part in parts) or ".." in (revision or ""):
+        return None
+    try:
+        validate_repo_id(repo)
+    except HFValidationError:
+        return None
+    return HubId(repo, subfolder.lstrip("/"), revision)
+
+
+def snapshot(
+    where: HubId,
+    files: Mapping[str, int],
+    *,
+    token: Token = False,
+    progress: Progress | None = None,
+    unreachable: str | None = None,
+) -> Snapshot:
+    """Fetches exactly `files` of a model repo, all of one commit.
+
+    A commit that is wholly in the local cache is taken from there without a request; the cache
+    also stands in where the Hub cannot be reached, with the commit that the revision had last.
+
+    files: names in the subfolder, with the bytes that each may have at most.
+    unreachable: what has just kept another fetch from the Hub, which is then not asked again: a
+        second wait would be no shorter than the first.
+
+    Raises:
+        HubError: refused, missing, too large or damaged; or unreachable and not in the cache.
+    """
+    limits = {f"{where.subfolder}/{name}".lstrip("/"): most for name, most in files.items()}
+    cached = _find_cached(where, limits)
+    if cached and where.revision == cached.origin.commit and _intact(cached):
+        return cached
+    try:
+        if unreachable:
+            raise Unavailable(unreachable)
+        fetched = _fetch(where, limits, token, progress)
+    except Unavailable as error:
+        if cached and _intact(cached):
+            return replace(cached, origin=replace(cached.origin, unreachable=error.reason))
+        raise HubError(f"{where.repo} is not in the local cache, and {error.reason}.") from error
+    _remember(where, fetched.origin.commit)
+    return fetched
+
+
+def list_models(tag: str) -> list[dict[str, Any]]:
+    """Public models with a tag, the most downloaded first; `id` and `tags` are what to use.
+
+    Raises:
+        HubError: the Hub cannot be asked; the message says why.
+    """
+
+    def job() -> list[dict[str, Any]]:
+        # HfApi.list_models would try again and again while nobody can be reached
+        params: dict[str, str | int] = {"filter": tag, "sort": "downloads", "limit": 200}
+        response = get_session().get(f"{constants.ENDPOINT}/api/models", params=params)
+        hf_raise_for_status(response)
+        return [{"id": model["id"], "tags": model.get("tags", [])} for model in response.json()]
+
+    return ask_hub(job)
+
+
+class Unavailable(HubError):
+    """No fault of the request: the network, the Hub or the disk. `reason` fits after "and"."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"{reason[0].upper()}{reason[1:]}.")
+        self.reason = reason
+
+
+def ask_hub(job: Callable[[], T], where: HubId | None = None, **options: Any) -> T:
+    """Runs `job`, which talks to the Hub, and turns what goes wrong into a sentence.
+
+    options: of `bounded`.
+
+    Raises:
+        Unavailable: faults after which a cached copy may stand in.
+        HubError: refusals.
+    """
+    try:
+        return bounded(job, **options)
+    except Stalled as error:
+        late = error.status < 400  # otherwise the client has tried again and again
+        raise Unavailable(STALLED if late else status_reason(error.status)) from error
+    except (httpx2.HTTPError, OSError, ValueError, TypeError, RuntimeError) as error:
+        # the client wraps the errors of an upload
+        cause = error.__cause__ if isinstance(error, RuntimeError) else None
+        repo, revision = (where.repo, where.revision) if where else ("this", None)
+        if sentence := refusal(cause or error, repo, revision):
+            raise HubError(sentence) from error
+        raise Unavailable(reason(cause or error)) from error
+
+
+def _find_cached(where: HubId, paths: Collection[str]) -> Snapshot | None:
+    """The files in the local cache, at the commit that the revision had last."""
+    repo = where.repo
+    try:
+        known = HfApi().resolve_revision(repo, revision=where.revision, local_files_only=True)
+        entries = [try_to_load_from_cache(repo, p, revision=known.resolved) for p in paths]
+    except (RevisionResolutionError, OSError, ValueError):
+        return None
+    files = [Path(entry) for entry in entries if isinstance(entry, str)]
+    if len(files) < len(paths):
+        return None
+    # the cache names contents by their checksum; only on Windows there may be plain copies
+    names = {file.name: file.resolve().name for file in files}
+    checksums = {k: v if re.fullmatch(r"[0-9a-f]{40,64}", v) else "" for k, v in names.items()}
+    size = sum(file.stat().st_size for file in files)
+    return Snapshot(files[0].parent, Origin(repo, known.resolved, size, cached=True), checksums)
+
+
+def _intact(cached: Snapshot) -> bool:
+    """Whether all files are what their checksums say; others are removed."""
+    return all([_is_valid(cached.folder / name, sum) for name, sum in cached.checksums.items()])
+
+
+def _is_valid(file: Path, checksum: str) -> bool:
+    """Whether a file is what its checksum says, where that is known; otherwise it is removed."""
+    with suppress(OSError):
+        own = file_sha256(file) if len(checksum) == 64 else git_sha1(file)
+        if checksum in ("", own):
+            return True
+    with suppress(OSError):
+        content = file.resolve()
+        file.unlink()
+        content.unlink(missing_ok=True)
+    return False
+
+
+def _fetch(
+    where: HubId, limits: Mapping[str, int], token: Token, progress: Progress | None
+) -> Snapshot:
+    """One question for commit, sizes and checksums, then every file of that commit."""
+    repo = where.repo
+    commit, listed = ask_hub(lambda: _list_files(where, limits, token), where)
+    for path, most in limits.items():
+        if path not in listed:
+            raise HubError(f"{repo} has no {path} at {where.revision or 'main'}.")
+        if (size := listed[path][0]) > most:
+            raise HubError(
+                f"{path} of {repo} has {size / 1e6:,.0f} MB; at most {most / 1e6:,.0f} MB are read."
+            )
+
+    def is_missing(path: str) -> bool:
+        return not isinstance(try_to_load_from_cache(repo, path, revision=commit), str)
+
+    def report(received: int) -> None:
+        if progress and total:
+            progress(min(done + received, total), total)
+
+    done, total = 0, sum(listed[path][0] for path in limits if is_missing(path))
+    options: dict[str, Any] = {"revision": commit, "token": token, "tqdm_class": _NO_BAR}
+    for path in limits:
+        size, checksum = listed[path]
+        missing, shared = is_missing(path), partial(_arriving, repo, checksum)
+        for _ in range(2):
+            job = partial(hf_hub_download, repo, path, **options)
+            file = Path(ask_hub(job, where, on_bytes=report, elsewhere=shared))
+            done += size * missing
+            report(0)
+            if _is_valid(file, checksum):
+                break
+            missing, total = True, total + size
+        else:
+            raise HubError(f"{path} of {repo} arrives damaged: its checksum is wrong.")
+    origin = Origin(repo, commit, sum(listed[path][0] for path in limits), cached=total == 0)
+    return Snapshot(file.parent, origin, {p.rpartition("/")[2]: listed[p][1] for p in limits})
+
+
+def _list_files(
+    where: HubId, paths: Collection[str], token: Token
+) -> tuple[str, dict[str, tuple[int, str]]]:
+    """The commit, and size and checksum of those of its files that are among `paths`."""
+    info = HfApi().model_info(where.repo, revision=where.revision, files_metadata=True, token=token)
+    listed = {}
+    for file in info.siblings or []:
+        if file.rfilename in paths:
+            checksum = file.lfs.sha256 if file.lfs else file.blob_id
+            if file.size is None or checksum is None:
+                raise ValueError("no size or checksum")
+            listed[file.rfilename] = file.size, checksum
+    if not _COMMIT.fullmatch(commit := info.sha or ""):
+        raise ValueError("no commit")
+    return commit, listed
+
+
+def _arriving(repo: str, checksum: str) -> int:
+    """Bytes that any process has of a file which is not complete yet."""
+    total = 0
+    for file in (_cache_folder(repo) / "blobs").glob(f"{checksum}.*"):
+        with suppress(OSError):  # complete by now, and renamed
+            total += file.stat().st_size
+    return total
+
+
+def _remember(where: HubId, commit: str) -> None:
+    """Notes which commit a branch or tag had, only now that all of its files are there."""
+    if where.revision == commit:
+        return
+    ref = _cache_folder(where.repo) / "refs" / (where.revision or "main")
+    with suppress(OSError):  # a cache that cannot be written
+        ref.parent.mkdir(parents=True, exist_ok=True)
+        write_file(ref, commit.encode())
+
+
+def _cache_folder(repo: str) -> Path:
+    return Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"))

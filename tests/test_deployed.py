@@ -1,0 +1,246 @@
+"""Attacks on the deployed defence: what is attacked, with which gradient, and what is scored."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import TOY_CLASSES, local_backbone, toy_clip
+from torch import Tensor
+
+from tapt.core.attacks import METHODS, Attack, attack_images, linf_255
+from tapt.core.backbone import Backbone
+from tapt.core.clip import PromptedClip
+from tapt.core.errors import Cancelled
+from tapt.core.images import to_float
+from tapt.core.prompts import logits
+from tapt.core.tuning import TuneConfig, tune
+from tapt.core.views import generators, image_seeds, make_views
+from tapt.defenses import ImageBatch, PreparedDefense, deployed, find_defenses
+from tapt.defenses.deployed import Deployed, ask, attack_deployed, attack_seconds, variants
+
+SMALL = {"views": 8, "keep": 0.25, "lr": 0.02}
+OWN = ["clip", "static", "ensemble", "tapt"]
+
+
+def prepared(clip: PromptedClip, name: str) -> PreparedDefense:
+    defense = find_defenses([name])[0]
+    fields = defense.settings.model_fields
+    return defense.prepare(
+        clip, defense.settings(**{k: v for k, v in SMALL.items() if k in fields})
+    )
+
+
+def model(defense: PreparedDefense, seeds: list[int], **options: object) -> Deployed:
+    return Deployed(defense, generators(seeds), **options)
+
+
+@pytest.fixture(scope="module")
+def clip(toy: Backbone) -> PromptedClip:
+    return toy_clip(toy)
+
+
+@pytest.fixture(scope="module")
+def tuned(clip: PromptedClip) -> PreparedDefense:
+    return prepared(clip, "tapt")
+
+
+@pytest.fixture(scope="module")
+def pixels() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=generator)
+
+
+@pytest.fixture(scope="module")
+def labels(tuned: PreparedDefense, pixels: Tensor) -> Tensor:
+    return ask(tuned, pixels, [0, 1, 2], "labels", 4).mean(0).argmax(-1)
+
+
+def gradient(model: Deployed, images: Tensor) -> Tensor:
+    images = images.clone().requires_grad_()
+    return torch.autograd.grad(model(images)[:, 0].sum(), images)[0]
+
+
+@pytest.mark.parametrize("name", ["ensemble", "tapt", "flips"])
+def test_every_pass_draws_anew_and_a_seed_repeats_it(flips, clip, pixels, name):
+    images, defense = to_float(pixels), prepared(clip, name)
+    with torch.no_grad():
+        one, other = model(defense, [4, 5, 6]), model(defense, [4, 5, 6])
+        first, second = one(images), one(images)
+        assert not torch.equal(first, second)
+        assert torch.equal(other(images), first)
+        assert not torch.equal(model(defense, [7, 8, 9])(images), first)
+        last = model(defense, [4, 5, 6]).rows(torch.tensor([2]))(images[2:])
+    torch.testing.assert_close(first.exp().sum(-1), torch.ones(3))
+    torch.testing.assert_close(last[0], first[2], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_the_model_answers_as_the_defence_does(clip, pixels, name):
+    """With the same draws."""
+    defense = prepared(clip, name)
+    with torch.no_grad():
+        answer = model(defense, [5])(to_float(pixels[:1])).exp()
+    seed = int(torch.randint(2**62, (), generator=generators([5])[0]))
+    expected = defense.predict(ImageBatch(to_float(pixels[:1]), [seed])).probabilities
+    torch.testing.assert_close(answer, expected)
+
+
+@pytest.mark.parametrize("design", ["V", "VLI", "VLJ"])
+def test_the_gradient_holds_the_tuned_prompts_constant(toy_folder, pixels, design):
+    clip = toy_clip(local_backbone(toy_folder, torch.float64), design)
+    images = to_float(pixels[:1], torch.float64)
+    result = gradient(model(prepared(clip, "tapt"), [3]), images)
+
+    seed = int(torch.randint(2**62, (), generator=generators([3])[0]))
+    views = make_views(images[0], SMALL["views"], generator=generators([seed])[0])[None]
+    config, statistics = TuneConfig(**SMALL), clip.statistics
+    step = tune(
+        clip.backbone, clip.prompts, views, clip.texts, statistics=statistics, config=config
+    )
+    leaf = images.clone().requires_grad_()
+    features = clip.texts.features(clip.backbone, step.prompts)
+    log_p = logits(clip.backbone, leaf, features, step.prompts).log_softmax(-1)
+    expected = torch.autograd.grad(log_p[0, 0], leaf)[0]
+    torch.testing.assert_close(result, expected, atol=1e-12, rtol=1e-8)
+
+
+@pytest.mark.parametrize(("name", "surrogate"), [("tapt", "smooth step"), ("ensemble", None)])
+def test_gradients_through_the_surrogates_step_and_the_ensembles_views(
+    toy_folder, pixels, name, surrogate
+):
+    """Against finite differences."""
+    clip = toy_clip(local_backbone(toy_folder, torch.float64))
+    images, defense = to_float(pixels[:1], torch.float64), prepared(clip, name)
+    result = gradient(model(defense, [3], surrogate=surrogate), images)
+    constant = gradient(model(prepared(clip, "tapt"), [3]), images)
+    assert (result - constant).abs().max() > 1e-3 * constant.abs().max()
+    generator = torch.Generator().manual_seed(9)
+    direction = torch.randn(images.shape, generator=generator, dtype=torch.float64)
+    step = 1e-6
+
+    def value(offset: float) -> float:
+        with torch.no_grad():
+            answer = model(defense, [3], surrogate=surrogate)(images + offset * direction)
+        return float(answer[0, 0])
+
+    slope = (value(step) - value(-step)) / (2 * step)
+    assert float((result * direction).sum()) == pytest.approx(slope, rel=1e-4)
+
+
+def test_eot_averages_over_the_draws_of_each_image(tuned, pixels):
+    images, seeds = to_float(pixels), [4, 5, 6]
+    with torch.no_grad():
+        together = model(tuned, seeds, draws=3)(images)
+        for i, seed in enumerate(seeds):
+            alone = model(tuned, [seed])
+            rows = torch.cat([alone(images[i : i + 1]) for _ in range(3)])
+            torch.testing.assert_close(together[i], rows.mean(0), atol=1e-4, rtol=1e-4)
+
+
+def test_fewer_images_per_pass_give_the_same(clip, pixels):
+    defense, images = prepared(clip, "tapt"), to_float(pixels)
+    with torch.no_grad():
+        whole = model(defense, [1, 2, 3], draws=2)(images)
+        defense.images_per_pass = 1
+        parts = model(defense, [1, 2, 3], draws=2)(images)
+    torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*OWN, "flips"])
+def test_each_defence_faces_its_own_attack(flips, clip, pixels, labels, name):
+    attack, defense = Attack("pgd", 8 / 255, 6), prepared(clip, name)
+    attacked = attack_deployed(defense, pixels, labels, attack, draws=2)
+    assert linf_255(attacked, pixels).max() <= 8
+    before, after = (
+        ask(defense, x, [7, 8, 9], "score", 4).mean(0).gather(1, labels[:, None])
+        for x in (pixels, attacked)
+    )
+    assert (after < before).all()
+    if not defense.randomised:
+        fixed = clip.vanilla if name == "clip" else clip.static
+        alone = attack_images(fixed, pixels, labels, attack)
+        assert float((alone == attacked).float().mean()) > 0.999
+
+
+@pytest.mark.parametrize("name", [n for n in METHODS if n != "pgd"])
+def test_every_attack_runs_on_the_deployed_defence(tuned, pixels, labels, name):
+    attack = Attack(name, 8 / 255, 1 if name in ("autoattack", "cw") else 3)
+    attacked = attack_deployed(tuned, pixels[:1], labels[:1], attack, draws=1)
+    if name != "cw":
+        assert 0 < linf_255(attacked, pixels[:1]).max() <= 8
+
+
+@pytest.mark.parametrize("name", ["pgd", "square"])
+def test_an_image_is_attacked_the_same_whatever_batch_it_is_in(tuned, pixels, labels, name):
+    attack, numbers = Attack(name, 8 / 255, 3), [6, 0, 3]
+    torch.manual_seed(1)
+    batch = attack_deployed(tuned, pixels, labels, attack, draws=2, images=numbers)
+    torch.manual_seed(2)  # never read
+    for i, number in enumerate(numbers):
+        row = slice(i, i + 1)
+        alone = attack_deployed(tuned, pixels[row], labels[row], attack, draws=2, images=[number])
+        assert float((alone == batch[row]).float().mean()) > 0.97, i  # rounding in the step
+
+
+def test_draws_for_other_purposes_are_other_ones(tuned, pixels):
+    """What an attack is judged by is not what it has seen, nor what is scored later."""
+    seeds = image_seeds(0, range(3))
+    answers = [ask(tuned, pixels, seeds, p, 1) for p in ("deployed", "judging", "score")]
+    assert not torch.equal(answers[0], answers[1])
+    assert not torch.equal(answers[1], answers[2])
+    assert torch.equal(ask(tuned, pixels, seeds, "score", 1), answers[2])
+
+
+def test_the_stronger_image_counts(tuned, pixels, labels, monkeypatch):
+    """One attack gives strong images for even places, the other for odd ones."""
+    strong = attack_deployed(tuned, pixels, labels, Attack("pgd", 16 / 255, 8), draws=2)
+    even = (torch.arange(3) % 2 == 0)[:, None, None, None]
+
+    def result(model: Deployed, *args: object, **options: object) -> Tensor:
+        return torch.where(even ^ (model.surrogate is not None), strong, pixels)
+
+    monkeypatch.setattr(deployed, "attack_images", result)
+    assert torch.equal(attack_deployed(tuned, pixels, labels, Attack(), draws=2), strong)
+
+
+def test_only_gradients_go_through_surrogates(clip, tuned):
+    assert variants(tuned, Attack("pgd")) == (None, "smooth step")
+    assert variants(tuned, Attack("square")) == (None,)
+    assert variants(prepared(clip, "ensemble"), Attack("pgd")) == (None,)
+    no_steps = find_defenses(["tapt"])[0]
+    assert no_steps.prepare(clip, no_steps.settings(steps=0)).surrogates == ()
+
+
+def test_targets_are_approached(tuned, pixels, labels):
+    targets = (labels + 1) % len(TOY_CLASSES)
+    attack = Attack("pgd", 8 / 255, 6)
+    attacked = attack_deployed(tuned, pixels, labels, attack, draws=2, targets=targets)
+    before, after = (
+        ask(tuned, x, [7, 8, 9], "score", 4).mean(0).gather(1, targets[:, None])
+        for x in (pixels, attacked)
+    )
+    assert (after > before).all()
+
+
+def test_progress_covers_both_attacks_and_can_stop(tuned, pixels, labels):
+    calls = []
+
+    def report(done: int, total: int) -> None:
+        calls.append((done, total))
+        if done == 4:
+            raise Cancelled("Stopped.")
+
+    with pytest.raises(Cancelled):
+        attack_deployed(tuned, pixels, labels, Attack(steps=3), draws=1, on_progress=report)
+    done = [done for done, _ in calls]
+    assert sorted(set(done)) == [0, 1, 2, 3, 4]
+    assert done == sorted(done)
+    assert done.count(1) > 2  # within a pass, too
+    assert {total for _, total in calls} == {6}
+
+
+def test_the_estimate_grows_with_the_work(tuned):
+    state = torch.get_rng_state()
+    few, many = (attack_seconds(tuned, Attack(steps=steps), draws=1) for steps in (1, 200))
+    assert many > 5 * few > 0
+    assert torch.equal(torch.get_rng_state(), state)

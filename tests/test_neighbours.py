@@ -1,0 +1,388 @@
+"""The neighbours through the registry's rows, on the toy backbone."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from conftest import TOY_CLASSES, local_backbone
+from neighbours import ROWS
+from PIL import Image, ImageFilter, ImageOps
+from torch import Tensor
+
+from tapt.core.backbone import Backbone
+from tapt.core.clip import PromptedClip
+from tapt.core.errors import Cancelled
+from tapt.core.images import to_float, to_picture, to_uint8
+from tapt.core.losses import Statistics, TokenStatistics
+from tapt.core.prompts import PromptConfig, init_prompts
+from tapt.core.views import generators
+from tapt.defenses import changes, context, dbd, features, find_defenses, tapt
+from tapt.defenses.base import ImageBatch, PreparedDefense
+from tapt.defenses.deployed import Deployed
+
+NAMES = list(ROWS)
+FAMILY = ["tpt", "rtpt", "sstpt"]
+SMALL = {
+    "tpt": {"views": 8, "keep": 0.4},
+    "rtpt": {"views": 8, "keep": 0.4, "neighbours": 3, "temperature": 0.5},
+    "sstpt": {"views": 6, "select": 3},
+    "tapt-ensemble": {"views": 8, "keep": 0.4, "lr": 0.02},
+}
+EVERY = pytest.mark.parametrize("name", NAMES)
+
+
+def toy_clip(backbone: Backbone, design: str = "VLI", statistics: bool = True) -> PromptedClip:
+    prompts = init_prompts(backbone, PromptConfig(design=design, tokens=2, visual_depth=3), seed=1)
+    generator = torch.Generator().manual_seed(2)
+    tokens = backbone.image_tokens + 2
+    shape = 4, backbone.visual_blocks, tokens, backbone.visual_width
+    values = torch.rand(shape, generator=generator, dtype=backbone.dtype)
+    targets = Statistics(TokenStatistics(*values[:2]), TokenStatistics(*values[2:]))
+    return PromptedClip(backbone, prompts, targets if statistics else None, tuple(TOY_CLASSES))
+
+
+def prepare(clip: PromptedClip, name: str, **settings: object) -> PreparedDefense:
+    row = ROWS[name]
+    return row.prepare(clip, row.settings(**{**SMALL.get(name, {}), **settings}))
+
+
+@pytest.fixture(scope="module")
+def clip(toy: Backbone) -> PromptedClip:
+    return toy_clip(toy)
+
+
+@pytest.fixture(scope="module")
+def exact(toy_folder) -> PromptedClip:
+    """In float64, for differences."""
+    return toy_clip(local_backbone(toy_folder, torch.float64))
+
+
+@pytest.fixture(scope="module")
+def images() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(3, 3, 8, 8, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, size=32, mode="bilinear")
+    return (smooth * 255).round() / 255
+
+
+@EVERY
+def test_answers_are_probabilities_and_a_batch_answers_as_one_by_one(clip, images, name):
+    prepared = prepare(clip, name)
+    every = prepared.predict(ImageBatch(images, [5, 6, 7]))
+    assert every.probabilities.shape == (3, len(TOY_CLASSES))
+    torch.testing.assert_close(every.probabilities.sum(-1), torch.ones(3))
+    for index in range(3):
+        single = prepared.predict(ImageBatch(images[index : index + 1], [5 + index]))
+        torch.testing.assert_close(
+            every.probabilities[index], single.probabilities[0], atol=2e-4, rtol=0
+        )
+        for key, value in single.trace.items():
+            if isinstance(value, Tensor):
+                assert len(every.trace[key]) == 3, key
+                assert value[0].shape == every.trace[key][index].shape
+
+
+@EVERY
+def test_only_seeds_decide_and_nothing_stays(clip, images, name):
+    before = {key: value.clone() for key, value in clip.backbone.model.state_dict().items()}
+    prompts = {key: value.clone() for key, value in clip.prompts.tensors.items()}
+    prepared, state, given = prepare(clip, name), torch.get_rng_state(), images.clone()
+    first = prepared.predict(ImageBatch(images, [1, 2, 3])).probabilities
+    other = prepared.predict(ImageBatch(images, [4, 5, 6])).probabilities
+    again = prepared.predict(ImageBatch(images, [1, 2, 3])).probabilities
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert prepared.randomised
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(images, given)
+    after = clip.backbone.model.state_dict()
+    assert all(torch.equal(after[key], value) for key, value in before.items())
+    assert all(torch.equal(clip.prompts.tensors[key], value) for key, value in prompts.items())
+    assert all(p.grad is None and not p.requires_grad for p in clip.backbone.model.parameters())
+
+
+def gradient(prepared: PreparedDefense, images: Tensor, surrogate: str | None = None) -> Tensor:
+    images = images.clone().requires_grad_()
+    batch = ImageBatch(images, range(len(images)))
+    answers = prepared.logits(batch, surrogate=surrogate).log_softmax(-1)
+    return torch.autograd.grad(answers[:, 0].sum(), images)[0]
+
+
+@EVERY
+@pytest.mark.parametrize("grey", [False, True])
+def test_gradients_reach_the_pixels(clip, images, name, grey):
+    """Also where a pixel has no colour, no contrast or lies on the edge of its range."""
+    images = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1).expand(3, 3, 32, 32) if grey else images
+    prepared = prepare(clip, name)
+    for surrogate in (None, *prepared.surrogates):
+        of_pixels = gradient(prepared, images, surrogate)
+        assert of_pixels.isfinite().all(), surrogate
+        assert grey or (of_pixels.flatten(1).abs().amax(1) > 0).all(), surrogate
+
+
+@EVERY
+def test_logits_are_those_of_the_answer(clip, images, name):
+    prepared = prepare(clip, name)
+    expected = prepared.predict(ImageBatch(images, [1, 2, 3])).probabilities
+    with torch.enable_grad():
+        attacked = images.clone().requires_grad_()
+        actual = prepared.logits(ImageBatch(attacked, [1, 2, 3])).softmax(-1)
+    torch.testing.assert_close(actual.detach(), expected, atol=2e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", [*FAMILY, "ttc", "tapt-ensemble"])
+def test_the_surrogates_gradient_is_the_slope_of_its_answers(exact, images, name):
+    options = {"answer": "similar"} if name == "tapt-ensemble" else {}
+    prepared = prepare(exact, name, **options)
+    (surrogate,) = prepared.surrogates
+    image = images[:1].double() * 0.8 + 0.1  # away from the edges of the range
+    towards = torch.randn(image.shape, generator=torch.Generator().manual_seed(3)).double()
+
+    def answer(shift: float) -> float:
+        with torch.no_grad():
+            batch = ImageBatch(image + shift * towards, [0])
+            return prepared.logits(batch, surrogate=surrogate).log_softmax(-1)[0, 0].item()
+
+    slope = (answer(1e-6) - answer(-1e-6)) / 2e-6
+    through = (gradient(prepared, image, surrogate) * towards).sum().item()
+    held = (gradient(prepared, image) * towards).sum().item()
+    assert through == pytest.approx(slope, rel=1e-3)
+    assert held != pytest.approx(slope, rel=1e-3)  # the step matters
+
+
+@EVERY
+def test_an_attacker_may_ask_it_as_deployed(clip, images, name):
+    prepared = prepare(clip, name)
+    model = Deployed(prepared, generators([0, 1, 2]), draws=2)
+    attacked = images.clone().requires_grad_()
+    first, second = model(attacked), model(attacked)
+    assert first.shape == (3, len(TOY_CLASSES))
+    assert not torch.equal(first, second)  # fresh draws at every pass
+    assert torch.autograd.grad(first[:, 0].sum(), attacked)[0].abs().sum() > 0
+
+
+@EVERY
+@pytest.mark.parametrize("design", ["V", "VLI", "VLJ"])
+def test_any_design_without_statistics(toy, images, name, design):
+    """The five answer the same whatever the pack's prompts are."""
+    clip = toy_clip(toy, design, statistics=False)
+    answer = prepare(clip, name).predict(ImageBatch(images, [1, 2, 3])).probabilities
+    assert answer.isfinite().all()
+    expected = prepare(toy_clip(toy), name).predict(ImageBatch(images, [1, 2, 3])).probabilities
+    assert torch.equal(answer, expected) == (not ROWS[name].uses_prompts)
+
+
+@pytest.mark.parametrize("name", [*FAMILY, "tapt-ensemble"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_few_views_are_enough(clip, images, name, count):
+    options = {"answer": "similar", "neighbours": 20} if name == "tapt-ensemble" else {}
+    prepared = prepare(clip, name, views=count, **options)
+    prediction = prepared.predict(ImageBatch(images, [1, 2, 3]))
+    assert prediction.probabilities.isfinite().all()
+    assert prediction.trace["kept"].shape[1] >= 1
+
+
+@pytest.mark.parametrize("name", [*FAMILY, "ttc", "tapt-ensemble"])
+def test_without_a_step(clip, images, name):
+    prepared = prepare(clip, name, steps=0)
+    assert prepared.predict(ImageBatch(images, [1, 2, 3])).probabilities.isfinite().all()
+    if name == "tpt":
+        expected = clip.vanilla(images).softmax(-1)
+        actual = prepared.predict(ImageBatch(images, [1, 2, 3])).probabilities
+        torch.testing.assert_close(actual, expected)
+
+
+@EVERY
+def test_progress_ends_and_may_stop_it(clip, images, name):
+    calls: list[tuple[int, int]] = []
+    prepared = prepare(clip, name)
+    prepared.predict(ImageBatch(images, [1, 2, 3]), on_progress=lambda *done: calls.append(done))
+    assert calls[-1][0] == calls[-1][1]
+
+    def stop(done: int, total: int) -> None:
+        raise Cancelled("Stopped.")
+
+    with pytest.raises(Cancelled):
+        prepared.predict(ImageBatch(images, [1, 2, 3]), on_progress=stop)
+
+
+def counted(monkeypatch: pytest.MonkeyPatch, module, name: str) -> list[int]:
+    """How many images each call of a function of the image tower gets."""
+    calls, inner = [], getattr(module, name)
+
+    def spied(backbone, images, *args, **options):
+        calls.append(len(images))
+        return inner(backbone, images, *args, **options)
+
+    monkeypatch.setattr(module, name, spied)
+    return calls
+
+
+@pytest.mark.parametrize("order", [FAMILY, FAMILY[::-1]])
+def test_views_are_encoded_once_for_all_that_use_them(clip, images, monkeypatch, order):
+    views = {"tpt": 24, "rtpt": 40, "sstpt": 16}
+    alone = {}
+    for name in order:
+        prepared = prepare(clip, name, views=views[name])
+        alone[name] = prepared.predict(ImageBatch(images, [1, 2, 3])).probabilities
+    calls, batch = counted(monkeypatch, features, "encode_image"), ImageBatch(images, [1, 2, 3])
+    for name in order:
+        prepared = prepare(clip, name, views=views[name])
+        torch.testing.assert_close(prepared.predict(batch).probabilities, alone[name])
+    # 40 views, 8 of them again as TPT's last part, and SS-TPT's changed ones
+    assert sum(calls) == 3 * (40 + 8 + 16)
+    assert batch.reused > 0
+
+
+def test_tapt_and_its_ensemble_share_one_step(clip, images, monkeypatch):
+    calls, inner = [], tapt.tune
+    monkeypatch.setattr(tapt, "tune", lambda *a, **k: calls.append(1) or inner(*a, **k))
+    batch = ImageBatch(images, [1, 2, 3])
+    (row,) = find_defenses(["tapt"])
+    settings = {key: v for key, v in SMALL["tapt-ensemble"].items() if key != "answer"}
+    row.prepare(clip, row.settings(**settings)).predict(batch)
+    prepare(clip, "tapt-ensemble").predict(batch)
+    prepare(clip, "tapt-ensemble", answer="similar").predict(batch)
+    assert len(calls) == 1
+    prepare(clip, "tapt-ensemble", lr=0.01).predict(batch)
+    assert len(calls) == 2
+
+
+def test_tapt_ensemble_without_a_step_is_the_ensemble(clip, images):
+    (row,) = find_defenses(["ensemble"])
+    expected = row.prepare(clip, row.settings(views=8, keep=0.4)).predict(
+        ImageBatch(images, [1, 2, 3])
+    )
+    actual = prepare(clip, "tapt-ensemble", steps=0).predict(ImageBatch(images, [1, 2, 3]))
+    torch.testing.assert_close(actual.probabilities, expected.probabilities)
+    similar = prepare(clip, "tapt-ensemble", answer="similar", neighbours=3, temperature=0.1)
+    trace = similar.predict(ImageBatch(images, [1, 2, 3])).trace
+    torch.testing.assert_close(trace["weights"].sum(1), torch.ones(3))
+    assert trace["weights"].shape == (3, 8)
+
+
+def test_augmix_changes_all_views_but_the_image(clip, images):
+    prepared = prepare(clip, "rtpt", augmix=True)
+    batch = ImageBatch(images, [1, 2, 3])
+    mixed, plain = prepared.views(batch), batch.views(8)
+    assert torch.equal(mixed[:, 0], plain[:, 0])
+    moved = (mixed - plain).abs().flatten(2).amax(2)[:, 1:]
+    assert (moved > 0).float().mean() > 0.8
+    assert mixed.min() >= 0
+    assert mixed.max() <= 1
+    fewer = prepare(clip, "sstpt", augmix=True).views(ImageBatch(images, [1, 2, 3]))
+    assert torch.equal(fewer, mixed[:, :6])
+    both = ImageBatch(images, [1, 2, 3])  # mixed views are not taken for plain ones
+    first = prepare(clip, "rtpt").predict(both).probabilities
+    assert not torch.equal(first, prepared.predict(both).probabilities)
+
+
+@pytest.mark.parametrize("name", changes.OPERATIONS)
+def test_augmix_operations_are_slight(images, name):
+    picture = to_picture(to_uint8(to_picture((images[0] * 255).to(torch.uint8))))
+    for sign in (-1, 1):
+        moved = changes.operation(picture, name, 0.95, sign)
+        assert moved.size == picture.size
+        assert moved.mode == "RGB"
+    if name.startswith("translate"):
+        assert changes.operation(picture, name, 1.0, 1).tobytes() != picture.tobytes()
+
+
+def test_the_slight_change_is_one_draw_for_all_views(images):
+    view = images[0]
+    same, seen = 0, set()
+    for seed in range(24):
+        generator = torch.Generator().manual_seed(seed)
+        changed = changes.slight_change(torch.stack([view, view]), generator)
+        assert changed.min() >= -1e-6
+        assert changed.max() <= 1 + 1e-6
+        close = (changed[0] - changed[1]).abs().max()
+        assert close < 0.2  # noise alone tells them apart
+        same += bool(close == 0)
+        seen.add(round(changed[0].mean().item(), 6))
+    assert 4 <= same <= 20
+    assert len(seen) == 24
+
+
+def test_divergence_is_not_negative(clip):
+    """Its inverse would be a huge negative where rounding brings it below 0."""
+    logits = 100 * torch.randn(4, 50, 30, generator=torch.Generator().manual_seed(0))
+    assert (context.divergence(logits, logits) >= 0).all()
+    assert (context.divergence(logits, logits + 1e-6) >= 0).all()
+
+
+def test_ttc_shows_tau_against_its_threshold(clip, images):
+    trace = prepare(clip, "ttc").predict(ImageBatch(images, [1, 2, 3])).trace
+    tau = trace["tau"]
+    for threshold, counter in ((0.0, False), (tau.max().item() + 1, True)):
+        prepared = prepare(clip, "ttc", tau_threshold=threshold)
+        trace = prepared.predict(ImageBatch(images, [1, 2, 3])).trace
+        torch.testing.assert_close(trace["tau"], tau)
+        expected = [0.0159, 0.1173, 0.8668] if counter else [1.0, 0.0, 0.0]
+        torch.testing.assert_close(
+            trace["weights"], torch.tensor(expected).expand(3, 3), atol=1e-4, rtol=0
+        )
+        assert (trace["linf"] <= 4 / 255 + 1e-6).all()
+        moved = images + trace["perturbation"]
+        assert moved.min() >= -1e-6
+        assert moved.max() <= 1 + 1e-6
+        answer = clip.vanilla(moved).softmax(-1)
+        actual = prepared.predict(ImageBatch(images, [1, 2, 3])).probabilities
+        torch.testing.assert_close(actual, answer, atol=1e-4, rtol=0)
+
+
+@pytest.fixture(scope="module")
+def noisy() -> Tensor:
+    """A noisy 8-bit picture with near-white parts, in levels, (3, 40, 40)."""
+    generator = np.random.default_rng(0)
+    levels = generator.integers(0, 256, (3, 40, 40))
+    levels[:, :10] = generator.integers(236, 256, (3, 10, 40))
+    return torch.from_numpy(levels.astype(np.uint8))
+
+
+def test_dbd_changes_are_in_the_order_of_the_paper(noisy):
+    image, picture = to_float(noisy), to_picture(noisy)
+    views = dbd.changed_views(image, torch.Generator().manual_seed(0))
+    assert views.shape == (31, 3, 40, 40)
+    levels = views * 255
+    torch.testing.assert_close(levels, levels.round(), atol=1e-4, rtol=0)
+    levels = levels.round().to(torch.uint8)
+
+    assert torch.equal(levels[16], to_uint8(ImageOps.posterize(picture, 3)))
+    exact = noisy.double().numpy()
+    for index, cut in ((17, np.rint), (18, np.ceil)):  # near-white does not wrap to black
+        expected = torch.from_numpy(np.minimum(cut(exact / 32) * 32, 255))
+        assert torch.equal(levels[index].double(), expected)
+    for index, quality in ((19, 50), (20, 60), (21, 75)):
+        data = io.BytesIO()
+        picture.save(data, "JPEG", quality=quality)
+        assert torch.equal(levels[index], to_uint8(Image.open(data)))
+    noise = (views[22:28] - image)[:, (image > 0.35) & (image < 0.65)]
+    assert noise.std().item() == pytest.approx(0.1, rel=0.05)
+    assert len({view.sum().item() for view in views[22:28]}) == 6
+    assert torch.equal(levels[28], to_uint8(picture.filter(ImageFilter.MedianFilter(5))))
+
+
+def test_dbd_blurs_in_whole_levels(noisy):
+    """OpenCV's mean and Gaussian over 5 x 5, written out."""
+    mean, gauss = dbd.blurred(noisy.float())
+    padded = np.pad(noisy.numpy().astype(int), ((0, 0), (2, 2), (2, 2)), mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (5, 5), axis=(1, 2))
+    kernel = np.outer([1, 4, 6, 4, 1], [1, 4, 6, 4, 1])
+    assert np.array_equal(mean.numpy(), np.rint(windows.sum((-1, -2)) / 25))
+    assert np.array_equal(gauss.numpy(), ((windows * kernel).sum((-1, -2)) + 128) >> 8)
+
+
+def test_dbd_follows_the_direction_only_above_its_threshold(clip, images):
+    low = prepare(clip, "dbd", threshold=-1.0).predict(ImageBatch(images, [1, 2, 3]))
+    high = prepare(clip, "dbd", threshold=1.0).predict(ImageBatch(images, [1, 2, 3]))
+    assert low.trace["factor"].tolist() == [2.5] * 3
+    assert high.trace["factor"].tolist() == [1.0] * 3
+    torch.testing.assert_close(low.trace["score"], high.trace["score"])
+    assert low.trace["kept"].shape == (3, 16)
+    assert (low.trace["kept"] > 0).all()
+    everything = prepare(clip, "dbd", filter=False).predict(ImageBatch(images, [1, 2, 3]))
+    assert everything.trace["kept"].shape == (3, 31)
