@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tapt.core.attacks import Attack as Attack
     from tapt.core.attacks import list_attacks as list_attacks
-    from tapt.core.images import open_image as open_image
     from tapt.core.tuning import TuneConfig as TuneConfig
     from tapt.data import load_data as load_data
+    from tapt.data.pictures import open_image as open_image
     from tapt.defenses import Defense as Defense
     from tapt.defenses import Prediction as Prediction
     from tapt.defenses import PreparedDefense as PreparedDefense
@@ -39,7 +39,7 @@ _HOMES = {
     "list_packs": "tapt.packs.format",
     "load": "tapt.model",
     "load_data": "tapt.data",
-    "open_image": "tapt.core.images",
+    "open_image": "tapt.data.pictures",
     "register": "tapt.defenses",
 }
 __all__ = [*_HOMES]

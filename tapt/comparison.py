@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -86,7 +86,7 @@ class Comparison:
     def state(self, defense: str) -> str | None:
         """What the attack did to a defence: `held`, `fooled`, `wrong before` or `recovered` where
         the true class is known, else `kept` or `changed`; None without both answers."""
-        clean, attacked = self.answers[defense].clean, self.answers[defense].attacked
+        clean, attacked = self[defense].clean, self[defense].attacked
         if clean is None or attacked is None or self.label is None:
             return None
         before, after = clean.top[0], attacked.top[0]
@@ -100,37 +100,33 @@ class Comparison:
     def title(self, defense: str) -> str:
         """A defence's name for people."""
         (row,) = find_defenses([defense])
-        return f"{row.title}, {UNTRAINED}" if self._untrained(row.uses_prompts) else row.title
-
-    def _untrained(self, uses_prompts: bool) -> bool:
-        return uses_prompts and not self.settings["trained"]
+        untrained = row.uses_prompts and not self.settings["trained"]
+        return f"{row.title}, {UNTRAINED}" if untrained else row.title
 
     def verdict(self) -> str:
         """One sentence that says what happened; plain text, empty before the first answer."""
         groups: dict[str, list[str]] = {}
         for name, answers in self.answers.items():
             word = self.state(name)
-            if word in ("kept", "changed"):
-                word += " the answer"
             if self.settings["attack"] is None and answers.clean is not None:
                 word = f"answer {answers.clean.top[0]}"
+            elif word in ("kept", "changed"):
+                word += " the answer"
             if word is not None:
                 groups.setdefault(word, []).append(self.title(name))
         parts = [f"{len(names)} {word} ({', '.join(names)})" for word, names in groups.items()]
-        if not parts:
-            return ""
-        true = f" The true class is {self.classes[self.label or 0]}." if self.label_given else ""
-        return f"{'; '.join(parts)}.{true}"
+        sentences = [f"{'; '.join(parts)}."] if parts else []
+        if parts and self.label_given and self.label is not None:
+            sentences.append(f"The true class is {self.classes[self.label]}.")
+        return " ".join(sentences)
 
     def to_dict(self) -> dict[str, Any]:
         """The JSON object of `tapt predict --json`."""
-        kinds = ("clean", "attacked")
-        both = {name: [getattr(row, k) for k in kinds] for name, row in self.answers.items()}
 
-        def each(value: Any) -> dict[str, dict[str, Any]]:
+        def each(value: Callable[[Answer], Any]) -> dict[str, dict[str, Any]]:
             return {
-                name: {k: a and value(a) for k, a in zip(kinds, pair, strict=True)}
-                for name, pair in both.items()
+                name: {kind: answer and value(answer) for kind, answer in vars(row).items()}
+                for name, row in self.answers.items()
             }
 
         return {
@@ -155,31 +151,35 @@ class Comparison:
         titles = {name: self.title(name) for name in self.answers}
         width = max(map(len, titles.values()))
         columns = ["clean"] if self.attacked is None else ["clean", "attacked"]
-        lines = ["  ".join([" " * width, *(f"{c:<26}" for c in columns)]).rstrip()]
-        for name, answers in self.answers.items():
-            cells = []
-            for column in columns:
-                answer = getattr(answers, column)
-                top, value = answer.top if answer else ("...", 0.0)
-                cells.append(f"{top[:17]:<17} {100 * value:5.1f} %  ")
-            lines.append("  ".join([f"{titles[name]:<{width}}", *cells]).rstrip())
+        rows = [[" " * width, *(f"{column:<26}" for column in columns)]]
+        for name, title in titles.items():
+            answers = [getattr(self[name], column) for column in columns]
+            tops = [answer.top if answer else ("...", 0.0) for answer in answers]
+            cells = [f"{top[:17]:<17} {100 * value:5.1f} %  " for top, value in tops]
+            rows.append([f"{title:<{width}}", *cells])
+        lines = ["  ".join(row).rstrip() for row in rows]
         if self.attacked is not None:
-            attack, epsilon = self.settings["attack"], self.settings["epsilon_255"]
+            epsilon = self.settings["epsilon_255"]
             radius = "no epsilon" if epsilon is None else f"epsilon {epsilon}/255"
-            lines.append(
-                f"{METHODS[attack['name']].title}-{attack['steps']} on "
-                f"{attacked_title(self.settings['attacked_model'])}, {radius}, "
-                f"measured L-inf {self.linf_255}/255, L2 {self.l2:.2f}"
-            )
+            measured = f"measured L-inf {self.linf_255}/255, L2 {self.l2:.2f}"
+            lines.append(f"{attack_title(self.settings)}, {radius}, {measured}")
         return "\n".join([*lines, self.verdict()])
 
 
 def attacked_title(attacked: str) -> str:
     """An attacked model in words: `clip`, `static`, `deployed` or `deployed:NAME`."""
+    if attacked == "deployed":
+        return "each defence as deployed"
     kind, _, name = attacked.partition(":")
-    if kind != "deployed":
-        return find_defenses([kind])[0].title
-    return f"{find_defenses([name])[0].title} as deployed" if name else "each defence as deployed"
+    title = find_defenses([name or kind])[0].title
+    return f"{title} as deployed" if name else title
+
+
+def attack_title(settings: Mapping[str, Any]) -> str:
+    """The attack of a comparison or a sweep in words: `PGD-100 on Vanilla CLIP`."""
+    attack = settings["attack"]
+    where = attacked_title(settings["attacked_model"])
+    return f"{METHODS[attack['name']].title}-{attack['steps']} on {where}"
 
 
 def versions() -> dict[str, str]:
@@ -193,6 +193,5 @@ def plain(value: Any, index: int) -> Any:
     if isinstance(value, Mapping):
         return {name: plain(item, index) for name, item in value.items()}
     if isinstance(value, Tensor):
-        numbers: Any = value[index].detach().cpu().double().tolist()
-        return numbers if value.is_floating_point() else value[index].tolist()
+        return value[index].tolist()
     return value

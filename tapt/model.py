@@ -6,9 +6,10 @@ import os
 import queue
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -20,12 +21,19 @@ from tapt.core.attacks import Attack, attack_images
 from tapt.core.backbone import Backbone
 from tapt.core.clip import PromptedClip
 from tapt.core.errors import Cancelled, InputError, PackError
-from tapt.core.images import open_image, to_float, to_picture
-from tapt.core.settings import Settings
+from tapt.core.images import to_float, to_picture
 from tapt.core.tuning import Progress as Report
 from tapt.core.views import image_seeds
 from tapt.data.names import parse_classes
-from tapt.defenses import Defense, ImageBatch, Prediction, PreparedDefense, find_defenses
+from tapt.data.pictures import open_image
+from tapt.defenses import (
+    Defense,
+    ImageBatch,
+    Prediction,
+    PreparedDefense,
+    all_defenses,
+    find_defenses,
+)
 from tapt.defenses.deployed import attack_deployed
 from tapt.packs.backbones import is_public, load_backbone
 from tapt.packs.format import Pack, default_pack, open_pack
@@ -38,7 +46,8 @@ DRAWS = 4  # of a deployed defence, for each gradient
 REMEMBERED = 8  # class lists
 T = TypeVar("T")
 R = TypeVar("R")
-Changes = Mapping[str, Any] | Settings | None
+Picture = Image.Image | str | os.PathLike[str] | bytes
+Changes = Mapping[str, Any] | None
 Selection = Literal["float32", "bfloat16"]
 
 
@@ -61,10 +70,9 @@ class Model:
         self, backbone: Backbone, pack: Pack, origins: Sequence[Origin | None] = (None, None)
     ) -> None:
         self.backbone, self.pack, self.origins = backbone, pack, tuple(origins)
-        self._prepared: OrderedDict[tuple, PromptedClip] = OrderedDict()
-        self._lock = threading.Lock()
+        self._prepared: dict[tuple, PromptedClip] = {}  # replaced whole: threads need no lock
         try:
-            for defense in find_defenses():
+            for defense in all_defenses():
                 self.settings(defense)
         except InputError as error:
             raise PackError(f"Pack {pack.name!r}, test_time of {defense.name}: {error}") from error
@@ -88,20 +96,15 @@ class Model:
         """
         names = tuple(classes) if as_listed else tuple(parse_classes(classes))
         key = names, template or self.pack.prompts.config.template, selection
-        with self._lock:
-            if key in self._prepared:
-                self._prepared.move_to_end(key)
-                return self._prepared[key]
+        if known := self._prepared.get(key):
+            return known
         fast = self.backbone.in_bfloat16() if selection == "bfloat16" else None
         parts = self.backbone, self.pack.prompts, self.pack.statistics
         clip = PromptedClip(*parts, names, key[1], fast)
         clip.vanilla_texts.features(self.backbone)  # refuses a sentence that is too long
         if not clip.text_features.isfinite().all():
             raise PackError(f"The prompts of pack {self.pack.name!r} give no finite answers.")
-        with self._lock:
-            self._prepared[key] = clip
-            while len(self._prepared) > REMEMBERED:
-                self._prepared.popitem(last=False)
+        self._prepared = dict([*self._prepared.items(), (key, clip)][-REMEMBERED:])
         return clip
 
     def settings(self, defense: Defense, changes: Changes = None) -> Any:
@@ -112,7 +115,7 @@ class Model:
         """
         fields = defense.settings.model_fields
         given = dict(self.pack.test_time.get(defense.name, {}))
-        for key, value in as_mapping(changes).items():
+        for key, value in (changes or {}).items():
             owner, _, name = key.rpartition(".")
             if name in fields and owner in ("", defense.name) and value is not None:
                 given[name] = value
@@ -121,35 +124,27 @@ class Model:
     def prepare_defenses(
         self, clip: PromptedClip, defenses: Sequence[str] | None = None, changes: Changes = None
     ) -> dict[str, PreparedDefense]:
-        """The named defences, default all, ready for a class list.
+        """The named defences, else those that answer by default, ready for a class list.
 
         Raises:
             InputError: unknown defences or settings, or values outside their range.
         """
         rows = find_defenses(defenses)
-        known = {name for row in find_defenses() for name in row.settings.model_fields}
-        for key in as_mapping(changes):
+        known = {name for row in all_defenses() for name in row.settings.model_fields}
+        for key in changes or {}:
             if key.rpartition(".")[2] not in known:
                 raise InputError(f"{key!r} is a setting of no defence; there are {sorted(known)}.")
         return {row.name: row.prepare(clip, self.settings(row, changes)) for row in rows}
 
     def predict(self, image: Picture, classes: str | Sequence[str], **options: Any) -> Comparison:
-        """Every defence's answer to a picture as it is; options as for `compare_steps`."""
+        """Every defence's answer to a picture as it is; options as for `Task`."""
         return self.compare(image, classes, **options)
 
     def attack(
-        self,
-        image: Picture,
-        classes: str | Sequence[str],
-        attack: Attack,
-        *,
-        attacked: str = "clip",
-        **options: Any,
+        self, image: Picture, classes: str | Sequence[str], attack: Attack, **options: Any
     ) -> Image.Image:
-        """The attacked picture, 8-bit, at the model's size; options as for `compare_steps`."""
-        result = self.compare(
-            image, classes, attack=attack, attacked=attacked, defenses=["clip"], **options
-        )
+        """The attacked picture, 8-bit, at the model's size; options as for `Task`."""
+        result = self.compare(image, classes, attack=attack, defenses=["clip"], **options)
         assert result.attacked is not None
         return to_picture(result.attacked)
 
@@ -159,188 +154,162 @@ class Model:
         return result
 
     def compare_steps(
-        self,
-        image: Picture,
-        classes: str | Sequence[str],
-        *,
-        attack: Attack | None = None,
-        attacked: str = "clip",
-        label: str | None = None,
-        target: str | None = None,
-        defenses: Sequence[str] | None = None,
-        settings: Changes = None,
-        seed: int = 0,
-        draws: int = DRAWS,
+        self, image: Picture, classes: str | Sequence[str], **options: Any
     ) -> Iterator[tuple[Progress, Comparison]]:
         """Attacks one picture, asks every defence, and yields (progress, results so far).
 
         Vanilla CLIP's answers come first. Closing the generator stops the computation between two
         steps of the attack or two passes of a defence.
 
-        image: a picture or its file; it is resized and cropped to the model's input.
-        attacked: the model that the attack sees: `clip`, `static`, or a defence as deployed,
-            `deployed:NAME` (`deployed` alone is TAPT).
-        label: the true class; default vanilla CLIP's clean answer.
-        target: the class that the attack moves towards; default away from the true class.
-        defenses: names, default all that are registered.
-        settings: changes to the pack's own, as for `Model.settings`.
-        seed: of everything random in the defences; `attack.seed` is the attack's.
-        draws: of a deployed defence, for each gradient or query.
-
-        Raises:
-            InputError: an argument is outside what is allowed; the message names it.
+        options: as for `Task`, whose errors it raises.
         """
-        clip = self.prepare(classes)
-        task = Task(self, clip, attack, attacked, label, target, settings, draws)
-        prepared = self.prepare_defenses(clip, defenses, settings)
-        picture = image if isinstance(image, Image.Image) else open_image(image)
-        pixels = self.backbone.preprocess(picture)[None]
-        described = self.describe(task, prepared, seed)
-        result = Comparison(clip.classes, described, pixels[0], {n: Answers() for n in prepared})
         start = time.perf_counter()
-        index = result.label = task.true_class(pixels)
-        result.label_given = label is not None
+        task = Task(self, image, classes, **options)
+        result = Comparison(
+            task.clip.classes,
+            task.describe(),
+            task.pixels[0],
+            {name: Answers() for name in task.prepared},
+            label=task.true_class,
+            label_given=task.label is not None,
+        )
+        batches = {"clean": task.batch(task.pixels)}
+        first = next(iter(task.prepared))
+        yield from self._answer(result, task, first, "clean", batches["clean"])
 
-        batches = {"clean": ImageBatch(self.floats(pixels), image_seeds(seed, [0]))}
-        first = next(iter(prepared))
-        yield from self._answer(result, first, prepared[first], "clean", batches["clean"])
-
-        if attack is not None:
+        if task.attack is not None:
             began = time.perf_counter()
-            moved = yield from in_thread(
-                "attack", result, lambda report: task.attack(pixels, index, report)
+            attacked = yield from in_thread(
+                "attack", result, partial(task.attacked_by, task.attack)
             )
-            result.attacked = moved[0]
+            result.attacked = attacked[0]
             result.seconds["attack"] = time.perf_counter() - began
-            batches["attacked"] = ImageBatch(self.floats(moved), image_seeds(seed, [0]))
+            batches["attacked"] = task.batch(attacked)
             yield Progress("attack", 1, 1), result
 
-        for name, defense in prepared.items():
+        for name in task.prepared:
             for kind, batch in batches.items():
                 if getattr(result[name], kind) is None:
-                    yield from self._answer(result, name, defense, kind, batch)
+                    yield from self._answer(result, task, name, kind, batch)
         result.seconds["total"] = time.perf_counter() - start
         result.finished = True
         yield Progress("finished", 1, 1), result
 
     def _answer(
-        self,
-        result: Comparison,
-        name: str,
-        defense: PreparedDefense,
-        kind: str,
-        batch: ImageBatch,
+        self, result: Comparison, task: Task, name: str, kind: str, batch: ImageBatch
     ) -> Iterator[tuple[Progress, Comparison]]:
         """Asks one defence about one image, and yields beside its progress."""
         title = find_defenses([name])[0].title
         prediction, seconds = yield from in_thread(
-            title, result, lambda report: timed(defense, batch, self, report)
+            title, result, partial(timed, task.prepared[name], batch, self)
         )
         trace = {key: plain(value, 0) for key, value in prediction.trace.items()}
         answer = Answer(result.classes, prediction.probabilities[0], trace, seconds)
-        setattr(result.answers[name], kind, answer)
+        setattr(result[name], kind, answer)
         yield Progress(title, 1, 1), result
 
     def floats(self, pixels: Tensor) -> Tensor:
         """uint8 images in [0, 1], in the backbone's place and type."""
         return to_float(pixels.to(self.backbone.device), self.backbone.dtype)
 
-    def describe(
-        self, task: Task, prepared: Mapping[str, PreparedDefense], seed: int
-    ) -> dict[str, Any]:
-        attack = task.method
-        return {
-            "backbone": self.backbone.name,
-            "backbone_commit": self.backbone.revision,
-            "pack": self.pack.name,
-            "pack_commit": self.pack.origin.commit if self.pack.origin else None,
-            "trained": self.pack.trained,
-            "prompts": self.pack.prompts.config.model_dump(mode="json"),
-            "test_time": {n: d.settings.model_dump(mode="json") for n, d in prepared.items()},
-            "attack": None if attack is None else attack.to_dict(),
-            "epsilon_255": None if attack is None else attack.epsilon_255,
-            "attacked_model": None if attack is None else task.attacked,
-            "draws": task.draws if attack is not None and task.victim else None,
-            "target": None if attack is None else task.target,
-            "seed": seed,
-        }
 
-
-Picture = Image.Image | str | os.PathLike[str] | bytes
-
-
+@dataclass(eq=False)
 class Task:
-    """What an attack on one picture does, checked before any work.
+    """One picture and what is asked about it, made ready and checked before the work begins.
 
-    attacked: with the defence's name where it is one as deployed; `victim` is that name.
+    image: a picture or its file; it is resized and cropped to the model's input.
+    attack: None leaves the picture as it is.
+    attacked: the model that the attack sees: `clip`, `static`, or a defence as deployed,
+        `deployed:NAME` (`deployed` alone is TAPT).
+    label: the true class; default vanilla CLIP's clean answer.
+    target: the class that the attack moves towards; default away from the true class.
+    defenses: names of `list_defenses()`; default those that answer where nobody chose.
+    settings: changes to the pack's own, as for `Model.settings`.
+    seed: of everything random in the defences; `attack.seed` is the attack's.
+    draws: of a deployed defence, for each gradient.
+
+    Raises:
+        InputError: an argument is outside what is allowed; the message names it.
     """
 
-    def __init__(
-        self,
-        model: Model,
-        clip: PromptedClip,
-        method: Attack | None,
-        attacked: str,
-        label: str | None,
-        target: str | None,
-        settings: Changes,
-        draws: int,
-    ) -> None:
-        for what, name in (("true class", label), ("target", target)):
+    model: Model
+    image: Picture
+    classes: str | Sequence[str]
+    attack: Attack | None = None
+    attacked: str = "clip"
+    label: str | None = None
+    target: str | None = None
+    defenses: Sequence[str] | None = None
+    settings: Changes = None
+    seed: int = 0
+    draws: int = DRAWS
+
+    def __post_init__(self) -> None:
+        model, clip = self.model, self.model.prepare(self.classes)
+        for what, name in (("true class", self.label), ("target", self.target)):
             if name is not None and name not in clip.classes:
                 raise InputError(f"The {what} {name!r} is not one of the class names.")
-        if target is not None and target == label:
-            raise InputError(f"The target {target!r} is the true class already.")
-        if draws < 1:
-            raise InputError(f"draws must be a whole number of at least 1, got {draws}.")
-        kind, _, name = attacked.partition(":")
+        if self.draws < 1:
+            raise InputError(f"draws must be a whole number of at least 1, got {self.draws}.")
+        kind, _, name = self.attacked.partition(":")
         if kind not in ATTACKED_MODELS or (name and kind != "deployed"):
             raise InputError(
                 f"The attacked model must be clip, static, deployed or deployed:NAME of a "
-                f"defence, got {attacked!r}."
+                f"defence, got {self.attacked!r}."
             )
-        self.victim = (name or VICTIM) if kind == "deployed" else ""
-        self.attacked = f"{kind}:{self.victim}" if self.victim else kind
-        self.model, self.clip, self.method, self.draws = model, clip, method, draws
-        self.label, self.target = label, target
-        if self.victim:
-            self.prepared = model.prepare_defenses(clip, [self.victim], settings)[self.victim]
-
-    def true_class(self, pixels: Tensor) -> int:
-        """The given label as an index, else vanilla CLIP's answer to the first image.
-
-        Raises:
-            InputError: the target is that answer.
-        """
-        if self.label is not None:
-            return self.clip.classes.index(self.label)
+        self.victim: PreparedDefense | None = None
+        if kind == "deployed":
+            name = name or VICTIM
+            self.attacked = f"deployed:{name}"
+            self.victim = model.prepare_defenses(clip, [name], self.settings)[name]
+        self.clip, self.prepared = clip, model.prepare_defenses(clip, self.defenses, self.settings)
+        image = self.image if isinstance(self.image, Image.Image) else open_image(self.image)
+        self.pixels = model.backbone.preprocess(image)[None]  # uint8 (1, 3, S, S)
         with torch.no_grad():
-            index = int(self.clip.vanilla(self.model.floats(pixels))[0].argmax())
-        if self.clip.classes[index] == self.target:
+            answer = clip.vanilla(model.floats(self.pixels))[0].argmax()
+        self.true_class = int(answer) if self.label is None else clip.classes.index(self.label)
+        if clip.classes[self.true_class] == self.target:
             raise InputError(f"The target {self.target!r} is the true class already.")
-        return index
 
-    def attack(
-        self, pixels: Tensor, label: int, report: Report, method: Attack | None = None
-    ) -> Tensor:
-        """The attacked images, uint8 (1, 3, S, S)."""
-        attack = method or self.method
-        assert attack is not None
-        labels = torch.tensor([label], device="cpu")
+    def batch(self, pixels: Tensor) -> ImageBatch:
+        """The picture, attacked or not, for the defences."""
+        return ImageBatch(self.model.floats(pixels), image_seeds(self.seed, [0]))
+
+    def attacked_by(self, attack: Attack, on_progress: Report) -> Tensor:
+        """The attacked picture, uint8 (1, 3, S, S)."""
         targets = None
         if self.target is not None:
             targets = torch.tensor([self.clip.classes.index(self.target)], device="cpu")
         return attack_batch(
             self.clip,
             self.attacked,
-            pixels,
-            labels,
+            self.pixels,
+            torch.tensor([self.true_class], device="cpu"),
             attack,
             targets=targets,
-            prepared=self.prepared if self.victim else None,
+            prepared=self.victim,
             draws=self.draws,
-            on_progress=report,
+            on_progress=on_progress,
         )
+
+    def describe(self) -> dict[str, Any]:
+        """What the answers depend on, as a JSON object."""
+        backbone, pack, attack = self.model.backbone, self.model.pack, self.attack
+        return {
+            "backbone": backbone.name,
+            "backbone_commit": backbone.revision,
+            "pack": pack.name,
+            "pack_commit": pack.origin and pack.origin.commit,
+            "trained": pack.trained,
+            "prompts": pack.prompts.config.model_dump(mode="json"),
+            "test_time": {n: d.settings.model_dump(mode="json") for n, d in self.prepared.items()},
+            "attack": attack and attack.to_dict(),
+            "epsilon_255": attack and attack.epsilon_255,
+            "attacked_model": attack and self.attacked,
+            "draws": self.draws if attack and self.victim else None,
+            "target": attack and self.target,
+            "seed": self.seed,
+        }
 
 
 def attack_batch(
@@ -391,8 +360,8 @@ def in_thread(
 ) -> Generator[tuple[Progress, R], None, T]:
     """Runs `work(report)` in a thread, yields its progress beside `result` and returns its value;
     closing stops it at its next report."""
-    events: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    stop = threading.Event()
+    events: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()
+    stop, value = threading.Event(), Future[T]()
 
     def report(done: int, total: int) -> None:
         if stop.is_set():
@@ -401,31 +370,20 @@ def in_thread(
 
     def run() -> None:
         try:
-            events.put(("value", work(report)))
+            value.set_result(work(report))
         except BaseException as error:
-            events.put(("error", error))
+            value.set_exception(error)
+        events.put(None)
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        while True:
-            event = events.get()
-            if isinstance(event, Progress):
-                yield event, result
-                continue
-            kind, value = event
-            if kind == "error":
-                raise value
-            done: T = value
-            return done
+        while progress := events.get():
+            yield progress, result
+        return value.result()
     finally:
         stop.set()
         thread.join()
-
-
-def as_mapping(changes: Changes) -> Mapping[str, Any]:
-    """Changes as names and values."""
-    return changes.model_dump() if isinstance(changes, Settings) else changes or {}
 
 
 def load(
@@ -455,22 +413,20 @@ def load(
     if name is not None:
         if backbone is not None or pack is not None:
             raise InputError("Give a name, or backbone and pack; not both.")
-        backbone, pack = (name, None) if _is_backbone(name) else (None, name)
+        is_backbone = is_public(name) or (":" in name and not os.path.isdir(name))
+        backbone, pack = (name, None) if is_backbone else (None, name)
     if backbone is None and pack is None:
         pack = DEFAULT
     options: dict[str, Any] = {"device": device, "token": token, "progress": progress}
-    files = None if pack is None else open_pack(pack, token=token, progress=progress)
-    if files is None:
-        assert backbone is not None
-        loaded, origin = load_backbone(backbone, revision=revision, **options)
-        return Model(loaded, default_pack(loaded), (origin, None))
-    if backbone is None:
-        wanted = files.config.base_model
-        backbone, revision = wanted.source, revision or wanted.revision
-    unreachable = files.origin.unreachable if files.origin else None
+    files, unreachable = None, None
+    if pack is not None:
+        files = open_pack(pack, token=token, progress=progress)
+        unreachable = files.origin.unreachable if files.origin else None
+        if backbone is None:
+            wanted = files.config.base_model
+            backbone, revision = wanted.source, revision or wanted.revision
+    assert backbone is not None
     loaded, origin = load_backbone(backbone, revision=revision, unreachable=unreachable, **options)
+    if files is None:
+        return Model(loaded, default_pack(loaded), (origin, None))
     return Model(loaded, files.read(loaded), (origin, files.origin))
-
-
-def _is_backbone(name: str) -> bool:
-    return is_public(name) or (":" in name and not os.path.isdir(name))

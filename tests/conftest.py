@@ -29,13 +29,13 @@ from example_defense import FLIPS
 from loopback import LoopbackHub
 from safetensors.torch import save_file
 
-from tapt.core.backbone import Backbone, freeze, pretrained_model
+from tapt.core.backbone import Backbone
 from tapt.core.clip import PromptedClip
 from tapt.core.losses import Statistics, TokenStatistics
 from tapt.core.prompts import PromptConfig, init_prompts
 from tapt.defenses import Defense, base, register
-from tapt.files import file_sha256
 from tapt.model import Model
+from tapt.packs.backbones import load_backbone
 from tapt.packs.format import Pack, base_model
 
 if TYPE_CHECKING:
@@ -100,11 +100,7 @@ def toy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def local_backbone(folder: Path, dtype: torch.dtype | None = None) -> Backbone:
-    """What `load_backbone(f"local-dir:{folder}")` gives, by the core alone."""
-    name = f"local-dir:{folder}"
-    model, tokenizer = pretrained_model(name, name)
-    sha256 = file_sha256(folder / "open_clip_model.safetensors")
-    return Backbone(name, freeze(model, "cpu", dtype), tokenizer, name, sha256=sha256)
+    return load_backbone(f"local-dir:{folder}", device="cpu", dtype=dtype)[0]
 
 
 @pytest.fixture(scope="session")

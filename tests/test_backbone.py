@@ -17,11 +17,11 @@ from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.transformer import QuickGELU
 from PIL import Image
 
-from tapt.core.backbone import Backbone, usable_device
+from tapt.core.backbone import Backbone
 from tapt.core.errors import BackboneError, HubError, InputError
 from tapt.files import file_sha256
 from tapt.packs import backbones
-from tapt.packs.backbones import CONFIG_FILE, OPENAI_NAMES, WEIGHTS_FILE
+from tapt.packs.backbones import CONFIG_FILE, OPENAI_NAMES, WEIGHTS_FILE, usable_device
 from tapt.packs.hub import HubId, Origin, Snapshot
 
 

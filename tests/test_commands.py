@@ -293,7 +293,8 @@ def test_from_training_to_a_prediction(
     config = json.loads((tmp_path / "pack" / "config.json").read_text())
     assert config["training"]["adversarial"]["epsilon"] == pytest.approx(4 / 255)
     assert config["training"]["adversarial"]["shots"] is None
-    assert config["test_time"] == {"ensemble": {"views": 8}, "tapt": {"views": 8, "lr": 0.001}}
+    assert config["test_time"]["tapt"] == {"views": 8, "lr": 0.001}
+    assert config["test_time"]["ensemble"] == config["test_time"]["rtpt"] == {"views": 8}
     capsys.readouterr()
     assert predict("--json --pack", str(tmp_path / "pack")) == 0
     settings = json.loads(capsys.readouterr().out)["settings"]

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from tapt.core.errors import DataError
-from tapt.core.images import open_image, to_uint8
+from tapt.core.images import to_uint8
 from tapt.data import LabelledImages, Pixels, digest, load_data
+from tapt.data.pictures import open_image
 
 
 def write_images(folder: Path, counts: dict[str, int]) -> Path:
@@ -250,7 +251,8 @@ def test_the_digest_knows_names_labels_and_contents(folder: Path, tmp_path: Path
     assert len({*before, *after, renamed}) == 5
 
 
-def test_pixels_are_kept_within_bounds(folder: Path):
+def test_pixels_are_kept_within_bounds(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("tapt.data.images.MAX_HELD_BYTES", 3 * 8 * 8 * 2)
     data = load_data(folder)
     opened: list[int] = []
 
@@ -259,7 +261,7 @@ def test_pixels_are_kept_within_bounds(folder: Path):
         return data.read(i)
 
     counted = LabelledImages(data.classes, data.labels, read, data.content)
-    few = Pixels(counted, to_uint8, held_bytes=3 * 8 * 8 * 2)
+    few = Pixels(counted, to_uint8)
     expected = all_pixels(data)
     for _ in range(2):
         assert torch.equal(few.batch(range(len(data))), expected)

@@ -14,14 +14,8 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 
 from tapt.core.errors import InputError
-from tapt.core.images import (
-    MAX_PIXELS,
-    amplified_difference,
-    open_image,
-    to_float,
-    to_picture,
-    to_uint8,
-)
+from tapt.core.images import to_float, to_picture, to_uint8
+from tapt.data.pictures import MAX_PIXELS, open_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -218,16 +212,3 @@ def test_tensor_and_picture_are_each_others_inverse():
     assert np.array_equal(np.asarray(to_picture(pixels)), np.asarray(image))
     assert torch.equal((to_float(pixels) * 255).round().to(torch.uint8), pixels)
     assert to_float(pixels, torch.float64).dtype == torch.float64
-
-
-def test_amplified_difference_reaches_full_range_around_grey():
-    clean = torch.full((3, 2, 2), 100, dtype=torch.uint8)
-    attacked = clean.clone()
-    attacked[0, 0, 0], attacked[1, 1, 1] = 104, 96
-    picture, scale = amplified_difference(attacked, clean)
-    assert scale == 31
-    assert picture.getpixel((0, 0)) == (128 + 4 * 31, 128, 128)
-    assert picture.getpixel((1, 1)) == (128, 128 - 4 * 31, 128)
-    assert picture.getpixel((1, 0)) == (128, 128, 128)
-    same, _ = amplified_difference(clean, clean)
-    assert same.getextrema() == ((128, 128),) * 3

@@ -24,7 +24,7 @@ from tapt.core.images import to_float, to_uint8
 from tapt.core.tuning import TuneConfig, tune
 from tapt.core.views import generators, image_seeds, make_views
 from tapt.data.names import parse_classes
-from tapt.defenses import find_defenses, list_defenses
+from tapt.defenses import find_defenses
 from tapt.model import Model, attack_batch, load
 from tapt.packs.format import save_pack
 
@@ -64,7 +64,9 @@ def test_results_come_in_order_and_the_last_pair_is_complete(model, image):
         phases += [] if progress.phase in phases else [progress.phase]
         assert 0 <= progress.done <= progress.total
     assert answered[:2] == [("clip", "clean"), ("clip", "attacked")]
-    assert set(answered) == {(n, k) for n in list_defenses() for k in ("clean", "attacked")}
+    assert set(answered) == {
+        (n, k) for n in [row.name for row in find_defenses()] for k in ("clean", "attacked")
+    }
     titles = [row.title for row in find_defenses()]
     assert phases == [titles[0], "attack", *titles[1:], "finished"]
     assert result.finished
@@ -138,7 +140,7 @@ def test_the_json_object_has_exactly_these_keys(finished: Comparison):
         "seconds",
         "versions",
     }
-    assert list(data["results"]) == list_defenses()
+    assert list(data["results"]) == [row.name for row in find_defenses()]
     for images in data["results"].values():
         assert list(images) == ["clean", "attacked"]
         for values in images.values():

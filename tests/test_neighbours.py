@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from conftest import TOY_CLASSES, local_backbone
-from neighbours import ROWS
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
@@ -23,7 +22,7 @@ from tapt.defenses import changes, context, dbd, features, find_defenses, tapt
 from tapt.defenses.base import ImageBatch, PreparedDefense
 from tapt.defenses.deployed import Deployed
 
-NAMES = list(ROWS)
+NAMES = ["tpt", "rtpt", "sstpt", "ttc", "dbd", "tapt-ensemble"]
 FAMILY = ["tpt", "rtpt", "sstpt"]
 SMALL = {
     "tpt": {"views": 8, "keep": 0.4},
@@ -45,7 +44,7 @@ def toy_clip(backbone: Backbone, design: str = "VLI", statistics: bool = True) -
 
 
 def prepare(clip: PromptedClip, name: str, **settings: object) -> PreparedDefense:
-    row = ROWS[name]
+    (row,) = find_defenses([name])
     return row.prepare(clip, row.settings(**{**SMALL.get(name, {}), **settings}))
 
 
@@ -172,7 +171,7 @@ def test_any_design_without_statistics(toy, images, name, design):
     answer = prepare(clip, name).predict(ImageBatch(images, [1, 2, 3])).probabilities
     assert answer.isfinite().all()
     expected = prepare(toy_clip(toy), name).predict(ImageBatch(images, [1, 2, 3])).probabilities
-    assert torch.equal(answer, expected) == (not ROWS[name].uses_prompts)
+    assert torch.equal(answer, expected) == (not find_defenses([name])[0].uses_prompts)
 
 
 @pytest.mark.parametrize("name", [*FAMILY, "tapt-ensemble"])

@@ -59,7 +59,7 @@ def make_pack(backbone: Backbone, design: str = "VLI") -> Pack:
     generator = torch.Generator().manual_seed(2)
     values = [
         torch.rand(shape, generator=generator)
-        for shape in statistics_shapes(backbone, prompts.config).values()
+        for shape in statistics_shapes(backbone.architecture, prompts.config).values()
     ]
     return Pack(
         prompts,

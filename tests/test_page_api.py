@@ -19,6 +19,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from gradio_client import Client, handle_file
 from huggingface_hub import SpaceCardData
@@ -29,7 +30,7 @@ import tapt.ui
 from tapt.core.attacks import METHODS
 from tapt.core.errors import InputError, PackError
 from tapt.data.names import class_names
-from tapt.defenses import Defense
+from tapt.defenses import Defense, list_defenses
 from tapt.evaluation.sweep import Sweep
 from tapt.ui import background, chart, inputs, known, links, render, serve
 from tapt.ui.handlers import Handlers
@@ -133,17 +134,20 @@ def test_compare_returns_every_value(client: Client):
 
 
 def test_analyze_returns_what_the_command_prints(server: str, client: Client):
+    names = list_defenses()
+    assert len(names) == 10
     command = [sys.executable, "-m", "tapt", "predict", str(PICTURE), "--classes", "cat,dog,ship"]
     command += ["--attack", "apgd", "--epsilon", "3/255", "--steps", "2", "--seed", "5"]
-    command += ["--views", "4", "--device", "cpu", "--json"]
+    command += ["--views", "4", "--device", "cpu", "--json", "--defenses", ",".join(names)]
     printed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
     expected = json.loads(printed.stdout)
-    options = {"attack": "apgd", "epsilon": 3, "seed": 5, **FAST}
+    options = {"attack": "apgd", "epsilon": 3, "seed": 5, "defenses": names, **FAST}
     result = client.predict(
         handle_file(PICTURE), class_names="cat\ndog\nship", **options, api_name="/analyze"
     )
     assert result["settings"] == expected["settings"]
     assert set(result) == set(expected)
+    assert list(result["results"]) == names
     for name, kinds in expected["results"].items():
         for kind, probabilities in kinds.items():
             assert result["results"][name][kind] == pytest.approx(probabilities, abs=1e-5)
@@ -295,6 +299,8 @@ def test_every_attack_and_attacked_model_is_explained(name: str):
         ({"views": 0}, "views must be"),
         ({"alpha": 2}, "alpha must be a number from 0 to 1"),
         ({"attacked_model": "everything"}, "must be one of clip, static"),
+        ({"defenses": ["nope"]}, "Defence 'nope' is unknown; choose from clip, static"),
+        ({"defenses": "tapt"}, "defenses must be a list of names"),
         ({"true_class": "<i>bird</i>"}, "&lt;i&gt;bird&lt;/i&gt;' is not one of the class names"),
         ({"attack": "pgd", "target": "bird"}, "The target 'bird' is not one of the class names"),
         ({"attack": "pgd", "true_class": "cat", "target": "cat"}, "is the true class already"),
@@ -565,3 +571,16 @@ def test_importing_the_app_makes_the_page(tmp_path: Path):
     options = {"cwd": tmp_path, "env": {**own, "PYTHONPATH": str(ROOT)}, "text": True}
     count, policy = subprocess.check_output([sys.executable, "-c", code], **options).split()
     assert (int(count) > 5, policy) == (True, "passive")
+
+
+def test_amplified_difference_reaches_full_range_around_grey():
+    clean = torch.full((3, 2, 2), 100, dtype=torch.uint8)
+    attacked = clean.clone()
+    attacked[0, 0, 0], attacked[1, 1, 1] = 104, 96
+    picture, scale = render.amplified_difference(attacked, clean)
+    assert scale == 31
+    assert picture.getpixel((0, 0)) == (128 + 4 * 31, 128, 128)
+    assert picture.getpixel((1, 1)) == (128, 128 - 4 * 31, 128)
+    assert picture.getpixel((1, 0)) == (128, 128, 128)
+    same, _ = render.amplified_difference(clean, clean)
+    assert same.getextrema() == ((128, 128),) * 3

@@ -80,15 +80,15 @@ def test_joint_visual_prompts_are_linear_maps_of_the_text_prompts(toy: Backbone)
         torch.testing.assert_close(prompts.visual()[depth], expected)
     batch = prompts.batch(2)
     torch.testing.assert_close(batch.visual(), prompts.visual().expand(2, -1, -1, -1))
-    assert batch[1].tensors["text"].shape == prompts.tensors["text"].shape
+    assert batch.tensors["text"][1].shape == prompts.tensors["text"].shape
 
 
 def test_a_batch_holds_independent_copies(toy: Backbone):
     prompts = init_prompts(toy, PromptConfig("V", 2, 1))
     batch = prompts.batch(2)
     batch.tensors["visual"][0] += 1
-    assert torch.equal(batch[1].tensors["visual"], prompts.tensors["visual"])
-    assert not torch.equal(batch[0].tensors["visual"], prompts.tensors["visual"])
+    assert torch.equal(batch.tensors["visual"][1], prompts.tensors["visual"])
+    assert not torch.equal(batch.tensors["visual"][0], prompts.tensors["visual"])
 
 
 @pytest.mark.parametrize("tokens", [1, 2, 4])

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import local_backbone, reference_weights, write_backbone
-from neighbours import ROWS
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -77,7 +76,7 @@ class Case:
         self.name = self.spec["defense"]
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         self.expected = own
-        row = ROWS[self.name]
+        (row,) = base.find_defenses([self.name])
         fields = {k: v for k, v in self.spec.items() if k in row.settings.model_fields}
         self.settings = row.settings(**fields)
         classes, template = tuple(self.spec["classes"]), self.spec["template"]

@@ -7,8 +7,7 @@ import math
 import pytest
 
 from tapt.evaluation.outcomes import Outcome, Outcomes, averages, mcnemar, wilson
-from tapt.evaluation.plots import epsilon_figure
-from tapt.evaluation.tables import report
+from tapt.evaluation.report import epsilon_figure, report
 
 
 def outcome(image: int, tapt: float = 0.0, **changes: object) -> Outcome:

@@ -17,8 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tapt.__main__ import main as tapt
-from tapt.evaluation.plots import plot_files
-from tapt.evaluation.tables import report
+from tapt.evaluation.report import plot_files, report
 from tapt.files import write_file
 
 PACKS = Path(__file__).resolve().parents[1] / "tiny"

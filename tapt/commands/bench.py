@@ -7,8 +7,7 @@ import json
 import sys
 from typing import Any
 
-from tapt.commands.options import add_settings, filled, names, positive
-from tapt.core.errors import InputError
+from tapt.commands.options import add_precision, add_settings, filled, names, positive
 from tapt.core.tuning import TuneConfig
 from tapt.evaluation.bench import bench, mistakes, table
 
@@ -22,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--backbone", type=filled, default="random:ViT-B-16")
     parser.add_argument(
-        "--classes", type=names, default=["10", "100"], help="how many, by commas; up to 1000"
+        "--classes", type=counts, default=[10, 100], help="how many, by commas; up to 1000"
     )
     parser.add_argument(
         "--designs", type=names, default=["V", "VLI"], help="of V, VLI and VLJ, by commas"
@@ -31,12 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats", type=positive, default=1, metavar="N", help="both paths in turn (default 1)"
     )
-    parser.add_argument(
-        "--precision",
-        default="float32",
-        choices=("float32", "bfloat16"),
-        help="of the fast path's view selection",
-    )
+    add_precision(parser, "of the fast path's view selection")
     parser.add_argument(
         "--threads", type=positive, metavar="N", help="of the processor; default torch's choice"
     )
@@ -44,15 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
+def counts(text: str) -> list[int]:
+    """Whole numbers, by commas."""
+    return [positive(part) for part in names(text)]
+
+
 def run(args: argparse.Namespace) -> int:
     """Prints each row as soon as it is measured, or one JSON object at the end."""
-    for text in args.classes:
-        if not text.isdecimal():
-            raise InputError(f"--classes must be whole numbers from 2 to 1000, got {text!r}.")
     rows: list[dict[str, Any]] = []
     for row in bench(
         args.backbone,
-        classes=[int(text) for text in args.classes],
+        classes=args.classes,
         designs=args.designs,
         views=64 if args.views is None else args.views,
         repeats=args.repeats,

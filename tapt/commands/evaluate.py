@@ -9,8 +9,8 @@ from tapt.commands.options import (
     ATTACKED_HELP,
     DATA_HELP,
     add_attack_options,
-    add_draws_option,
     add_model_options,
+    add_precision,
     add_test_time,
     attack_of,
     filled,
@@ -26,7 +26,6 @@ from tapt.core.errors import InputError
 from tapt.defenses import find_defenses, list_defenses
 from tapt.evaluation import check_record, evaluate, record
 from tapt.files import check_output
-from tapt.model import ATTACKED_MODELS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,9 +51,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--epsilon", type=fractions, default=[1 / 255], help="such as 1/255,2/255 (default 1/255)"
     )
-    add_attack_options(parser, skip=("epsilon", "step_size"))
+    add_attack_options(parser, "steps", "seed")
     parser.set_defaults(steps=100, queries=1000)
-    add_draws_option(parser)
     parser.add_argument(
         "--rescore",
         type=positive,
@@ -68,12 +66,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=positive, metavar="N", help="images per pass; the result is the same"
     )
-    parser.add_argument(
-        "--precision",
-        default="float32",
-        choices=("float32", "bfloat16"),
-        help="of the view selection; attacks and answers are float32. bfloat16 also reports how "
-        "far it agrees with float32, and both speeds",
+    add_precision(
+        parser,
+        "of the view selection; attacks and answers are float32. bfloat16 also reports how far it "
+        "agrees with float32, and both speeds",
     )
     parser.add_argument("--out", type=filled, required=True, help="folder for the results")
     parser.add_argument(
@@ -85,10 +81,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Prints the table."""
     attacks = [attack_of(args, name, epsilon=e) for name in args.attack for e in args.epsilon]
-    for name in args.attacked:
-        if name not in ATTACKED_MODELS:
-            known = ", ".join(ATTACKED_MODELS)
-            raise InputError(f"Attacked model {name!r} is unknown; choose from {known}.")
     find_defenses(args.defenses)
     settings = test_time(args)
     check_output(args.out, folder=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 import typing
-from collections.abc import Collection
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,13 +14,13 @@ from pydantic.fields import FieldInfo
 
 from tapt.commands.bars import download_bar
 from tapt.core.attacks import METHODS, Attack
-from tapt.core.backbone import Backbone, usable_device
+from tapt.core.backbone import Backbone
 from tapt.core.errors import InputError
 from tapt.core.settings import Settings, plain_type, rule
-from tapt.defenses import Defense, find_defenses
+from tapt.defenses import Defense, all_defenses
 from tapt.files import check_output
-from tapt.model import Model, load
-from tapt.packs.backbones import load_backbone
+from tapt.model import Model, Selection, load
+from tapt.packs.backbones import load_backbone, usable_device
 from tapt.processes import start_processes
 
 if TYPE_CHECKING:
@@ -67,22 +67,18 @@ def positive(text: str) -> int:
 
 
 def add_settings(
-    parser: argparse.ArgumentParser,
-    kind: type[Settings],
-    *,
-    only: Collection[str] | None = None,
-    skip: Collection[str] = (),
+    parser: argparse.ArgumentParser, kind: type[Settings], only: Iterable[str] | None = None
 ) -> None:
     """An option for each field, or for some; `given` reads them back."""
-    for name, field in kind.model_fields.items():
-        if name not in skip and (only is None or name in only):
-            _add_option(parser, option_name(name, field), field, dest=name)
+    for name in kind.model_fields if only is None else only:
+        field = kind.model_fields[name]
+        _add_option(parser, option_name(name, field), field, dest=name)
 
 
 def given(args: argparse.Namespace, kind: type[Settings]) -> dict[str, Any]:
     """The settings that were given on the command line."""
-    found = {name: getattr(args, name, None) for name in kind.model_fields}
-    return {name: value for name, value in found.items() if value is not None}
+    values = {name: getattr(args, name, None) for name in kind.model_fields}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def option_name(name: str, field: FieldInfo) -> str:
@@ -99,15 +95,24 @@ def _add_option(
     dest: str,
     show_default: bool = True,
 ) -> None:
-    kind, options = plain_type(field), dict[str, Any]()
+    kind, text, options = plain_type(field), field.description or "", dict[str, Any]()
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction
     elif typing.get_origin(kind) is Literal:
         options["choices"] = typing.get_args(kind)
     else:
-        options |= {"type": lambda text: value_of(field, text), "metavar": _metavar(kind)}
-    text = _help(field) + (_default(field) if show_default else "")
+        options["type"] = lambda text: value_of(field, text)
+        options["metavar"] = {int: "N", float: "X", str: "TEXT"}.get(kind, "X,X")
+    if kind in (int, float):
+        text += f", {rule(field)}"
+    if show_default and field.default is not None and kind is not bool:
+        text += f" (default {_shown(field.default)})"
     parser.add_argument(option, dest=dest, default=None, help=text.replace("%", "%%"), **options)
+
+
+def _shown(value: Any) -> str:
+    fraction = isinstance(value, float) and 0 < value < 0.1 and (value * 255).is_integer()
+    return f"{value * 255:.0f}/255" if fraction else str(value)
 
 
 def value_of(field: FieldInfo, text: str) -> Any:
@@ -123,24 +128,6 @@ def value_of(field: FieldInfo, text: str) -> Any:
     return text
 
 
-def _metavar(kind: Any) -> str:
-    return {int: "N", float: "X", str: "TEXT"}.get(kind, "X,X")
-
-
-def _help(field: FieldInfo) -> str:
-    about = field.description or ""
-    return f"{about}, {rule(field)}" if plain_type(field) in (int, float) else about
-
-
-def _default(field: FieldInfo) -> str:
-    value = field.default
-    if value is None or isinstance(value, bool):
-        return ""
-    if isinstance(value, float) and 0 < value < 0.1 and (value * 255).is_integer():
-        value = f"{value * 255:.0f}/255"
-    return f" (default {value})"
-
-
 def add_test_time(parser: argparse.ArgumentParser) -> None:
     """One option for each setting of the registered defences, last; what is not given comes from
     the pack."""
@@ -148,9 +135,8 @@ def add_test_time(parser: argparse.ArgumentParser) -> None:
         "test-time settings", "for every defence that has them; default: the pack's own"
     )
     for option, rows in _test_time().items():
-        _, _, field = rows[0]
         with suppress(argparse.ArgumentError):  # the command's own option: `--set` is left
-            _add_option(group, option, field, dest=f"setting{option}", show_default=False)
+            _add_option(group, option, rows[0][2], dest=f"setting{option}", show_default=False)
     group.add_argument(
         "--set",
         action="append",
@@ -166,13 +152,14 @@ def test_time(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: `--set` names no setting, or a value is outside its range.
     """
-    fields = {
-        f"{row.name}.{name}": field for rows in _test_time().values() for row, name, field in rows
-    }
+    fields: dict[str, FieldInfo] = {}
     changes: dict[str, Any] = {}
     for option, rows in _test_time().items():
         value = getattr(args, f"setting{option}", None)
-        changes |= {f"{row.name}.{name}": value for row, name, _ in rows if value is not None}
+        for row, name, field in rows:
+            fields[f"{row.name}.{name}"] = field
+            if value is not None:
+                changes[f"{row.name}.{name}"] = value
     for text in args.set:
         key, _, value = text.partition("=")
         if key not in fields or not value:
@@ -180,7 +167,7 @@ def test_time(args: argparse.Namespace) -> dict[str, Any]:
                 f"--set takes DEFENCE.NAME=VALUE of {', '.join(fields)}; got {text!r}."
             )
         changes[key] = value_of(fields[key], value)
-    for row in find_defenses():  # a value that is out of range ends here, before any work
+    for row in all_defenses():  # a value that is out of range ends here, before any work
         own = {k.partition(".")[2]: v for k, v in changes.items() if k.startswith(f"{row.name}.")}
         row.settings(**own)
     return changes
@@ -189,16 +176,19 @@ def test_time(args: argparse.Namespace) -> dict[str, Any]:
 def _test_time() -> dict[str, list[tuple[Defense, str, FieldInfo]]]:
     """The settings that stand behind each option."""
     options: dict[str, list[tuple[Defense, str, FieldInfo]]] = {}
-    for row in find_defenses():
+    for row in all_defenses():
         for name, field in row.settings.model_fields.items():
             options.setdefault(option_name(name, field), []).append((row, name, field))
     return options
 
 
-def add_attack_options(parser: argparse.ArgumentParser, *, skip: Collection[str] = ()) -> None:
-    """Epsilon, steps, queries, step size and seed of an attack."""
-    add_settings(parser, Attack, skip={"name", "random_start", *skip})
+def add_attack_options(parser: argparse.ArgumentParser, *fields: str) -> None:
+    """These fields of an attack, queries, and the draws of a deployed defence."""
+    add_settings(parser, Attack, only=fields)
     parser.add_argument("--queries", type=int, metavar="N", help="of Square, instead of --steps")
+    parser.add_argument(
+        "--eot", type=positive, default=4, metavar="N", help="draws per gradient of a deployed one"
+    )
 
 
 def attack_of(args: argparse.Namespace, name: str, **changes: Any) -> Attack:
@@ -213,13 +203,25 @@ def attack_of(args: argparse.Namespace, name: str, **changes: Any) -> Attack:
     return Attack(**values)
 
 
-def add_draws_option(parser: argparse.ArgumentParser) -> None:
+def add_precision(parser: argparse.ArgumentParser, help_text: str) -> None:
+    """In which views are selected."""
+    choices = typing.get_args(Selection)
+    parser.add_argument("--precision", default="float32", choices=choices, help=help_text)
+
+
+def add_training_options(parser: argparse.ArgumentParser, out: str) -> None:
+    """Backbone, data, folder and checkpoints; `out` is the folder's help."""
+    add_backbone_options(parser, default="tiny")
+    parser.add_argument("--data", required=True, type=filled, help=DATA_HELP)
+    parser.add_argument("--out", required=True, type=filled, help=out)
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
     parser.add_argument(
-        "--eot", type=positive, default=4, metavar="N", help="draws per gradient of a deployed one"
+        "--checkpoint-minutes", type=float, default=3.0, metavar="X", help="between checkpoints"
     )
 
 
-def add_backbone_options(parser: argparse.ArgumentParser, *, default: str | None = "tiny") -> None:
+def add_backbone_options(parser: argparse.ArgumentParser, *, default: str | None) -> None:
+    """Which backbone, and where it runs."""
     parser.add_argument(
         "--backbone", type=filled, default=default, help="tiny, ViT-B-16, hf-hub:owner/repo, ..."
     )
@@ -260,13 +262,6 @@ def join_processes(args: argparse.Namespace) -> PartialState:
     state = start_processes(args.device and usable_device(args.device))
     args.device = args.device or str(state.device)
     return state
-
-
-def add_checkpoint_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
-    parser.add_argument(
-        "--checkpoint-minutes", type=float, default=3.0, metavar="X", help="between checkpoints"
-    )
 
 
 def png_output(name: str, option: str) -> Path:

@@ -6,10 +6,8 @@ import argparse
 from typing import Any
 
 from tapt.commands.options import (
-    DATA_HELP,
-    add_backbone_options,
-    add_checkpoint_options,
     add_test_time,
+    add_training_options,
     backbone_of,
     filled,
     join_processes,
@@ -24,20 +22,17 @@ from tapt.training.statistics import statistics
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    add_backbone_options(parser)
-    parser.add_argument("--data", required=True, type=filled, help=DATA_HELP)
+    add_training_options(parser, "folder for the finished pack")
     parser.add_argument(
         "--adversarial", required=True, type=filled, help="folder with adversarially tuned prompts"
     )
     parser.add_argument(
         "--clean", required=True, type=filled, help="folder with clean-tuned prompts"
     )
-    parser.add_argument("--out", required=True, type=filled, help="folder for the finished pack")
     parser.add_argument(
         "--limit", type=int, metavar="N", help="use a class-balanced subset of this many images"
     )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all that is random")
-    add_checkpoint_options(parser)
     add_test_time(parser)
 
 

@@ -12,14 +12,10 @@ from tapt.commands.options import (
     model_of,
     png_output,
     positive,
-    test_time,
 )
-from tapt.commands.predict import add_picture_options
+from tapt.commands.predict import add_picture_options, picture_options
 from tapt.core.attacks import METHODS
 from tapt.core.errors import InputError
-from tapt.core.images import open_image
-from tapt.data.names import parse_classes
-from tapt.defenses import find_defenses
 from tapt.evaluation.sweep import curve_png, sweep_steps
 from tapt.files import write_file
 
@@ -28,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add_picture_options(parser)
     parser.add_argument("--attack", default="pgd", choices=tuple(METHODS))
-    add_attack_options(parser, skip=("epsilon",))
+    add_attack_options(parser, "steps", "step_size", "seed")
     parser.add_argument(
         "--max-epsilon", type=positive, default=8, metavar="N", help="in 1/255 (default 8)"
     )
@@ -40,23 +36,10 @@ def run(args: argparse.Namespace) -> int:
     """Writes the curves, and prints a table or one JSON object."""
     if args.max_epsilon > 255:
         raise InputError(f"--max-epsilon must be from 1 to 255, got {args.max_epsilon}.")
-    image, classes = open_image(args.image), parse_classes(args.classes)
-    attack, settings = attack_of(args, args.attack), test_time(args)
-    find_defenses(args.defenses)
-    out = png_output(args.out, "--out")
-    *_, (_, result) = sweep_steps(
-        model_of(args),
-        image,
-        classes,
-        attack=attack,
-        attacked=args.attacked,
-        label=args.label,
-        epsilons=range(args.max_epsilon + 1),
-        defenses=args.defenses,
-        settings=settings,
-        seed=attack.seed,
-        draws=args.eot,
-    )
+    attack = attack_of(args, args.attack)
+    options, out = picture_options(args, attack), png_output(args.out, "--out")
+    epsilons = range(args.max_epsilon + 1)
+    *_, (_, result) = sweep_steps(model_of(args), **options, attack=attack, epsilons=epsilons)
     write_file(out, curve_png(result))
     print(json.dumps(result.to_dict()) if args.json else result)
     return 0

@@ -8,12 +8,9 @@ import json
 from tqdm import tqdm
 
 from tapt.commands.options import (
-    DATA_HELP,
-    add_backbone_options,
-    add_checkpoint_options,
     add_settings,
+    add_training_options,
     backbone_of,
-    filled,
     given,
     join_processes,
 )
@@ -30,24 +27,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "Adversarial prompt tuning on a frozen backbone: makes the prompts that every image starts "
         "from, one process or several under `accelerate launch`."
     )
-    add_backbone_options(parser)
-    parser.add_argument("--data", required=True, type=filled, help=DATA_HELP)
-    parser.add_argument("--out", required=True, type=filled, help="folder for prompts and log")
+    add_training_options(parser, "folder for prompts and log")
     add_settings(parser, PromptConfig, only=("design", "tokens", "visual_depth", "text_depth"))
     add_settings(parser, TrainConfig)
-    add_checkpoint_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line per epoch."""
-    prompts, config = (
-        PromptConfig(**given(args, PromptConfig)),
-        TrainConfig(**given(args, TrainConfig)),
-    )
+    prompts = PromptConfig(**given(args, PromptConfig))
+    config = TrainConfig(**given(args, TrainConfig))
     out = check_output(args.out, folder=True)
     state = join_processes(args)
     backbone = backbone_of(args)
-    prompts.shapes(backbone)  # a wrong depth ends here, before the data is read
+    prompts.shapes(backbone.architecture)  # a wrong depth ends here, before the data is read
     train(
         backbone,
         load_data(args.data, "train"),

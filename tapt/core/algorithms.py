@@ -15,8 +15,11 @@ from torchattacks.attack import Attack as LibraryAttack
 
 from tapt.core.clip import Classifier
 
-CW_WEIGHTS = (1, 10, 100, 1000)
+CW_WEIGHTS, CW_LR = (1, 10, 100, 1000), 0.005
 SQUARE_HALVINGS = (10, 50, 200, 500, 1000, 2000, 4000, 6000, 8000)
+
+Algorithm = Callable[[Tensor, Tensor], Tensor]
+"""Images and labels to attacked images."""
 
 
 class Draws(TorchFunctionMode):
@@ -78,9 +81,11 @@ def rounded(images: Tensor) -> Tensor:
     return (images * 255).round() / 255
 
 
-def strongest(attack: torchattacks.APGD | torchattacks.APGDT) -> Callable[..., Tensor]:
-    """An APGD that returns its best point for every image; the library's leaves an image that
-    resists as it was."""
+def apgd(model: AttackedModel, target: int | None = None, **options: Any) -> Algorithm:
+    """APGD, towards the clean image's class of rank `target` where one is given. It returns its
+    best point for every image; the library's leaves an image that resists as it was."""
+    attack: Any = (torchattacks.APGD if target is None else torchattacks.APGDT)(model, **options)
+    attack.target_class = target
 
     def run(images: Tensor, labels: Tensor) -> Tensor:
         best, resisted, _, fooling = attack.attack_single_run(images, labels)
@@ -89,12 +94,21 @@ def strongest(attack: torchattacks.APGD | torchattacks.APGDT) -> Callable[..., T
     return run
 
 
+def targeted_fab(model: AttackedModel, target: int, eps: float, steps: int) -> Algorithm:
+    """FAB towards one class, kept inside the ball."""
+    attack = torchattacks.FAB(model, eps=eps, steps=steps, multi_targeted=True)
+    attack.target_class = target
+    run = attack.attack_single_run_targeted
+    return lambda images, labels: images + (run(images, labels) - images).clamp(-eps, eps)
+
+
 class OwnAttack(LibraryAttack):
     """An attack that can also aim at a class."""
 
-    def __init__(self, model: AttackedModel) -> None:
+    def __init__(self, model: AttackedModel, steps: int, eps: float = torch.inf) -> None:
         super().__init__(type(self).__name__, model)
         self.supported_mode = ["default", "targeted"]
+        self.steps, self.eps = steps, eps
 
     def loss(self, model: AttackedModel, images: Tensor, labels: Tensor) -> Tensor:
         """What the attack lowers, (N,); negative where it has what it wants."""
@@ -104,10 +118,6 @@ class OwnAttack(LibraryAttack):
 class Square(OwnAttack):
     """Square (Andriushchenko et al. 2020, arXiv 1912.00049) with squares of each image's own. A
     randomised model is asked to the last query: one lucky answer is no success."""
-
-    def __init__(self, model: AttackedModel, eps: float, steps: int) -> None:
-        super().__init__(model)
-        self.eps, self.steps = eps, steps
 
     @torch.no_grad()
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -121,7 +131,9 @@ class Square(OwnAttack):
             if not len(left):
                 break
             model, tried = self.model.rows(left), best[left]
-            side = max(1, round(math.sqrt(self._share(query)) * size))
+            at = 10_000 * query / self.steps  # the published schedule, over all queries
+            covered = 0.8 / 2.0 ** sum(at > end for end in SQUARE_HALVINGS)
+            side = max(1, round(math.sqrt(covered) * size))
             corners = (model.draws.uniform(2) * (size - side + 1)).long()  # (N, 2)
             changes = 2 * self._signs(model, images, 3, 1, 1)
             for i, (top, start) in enumerate(corners.tolist()):
@@ -135,20 +147,11 @@ class Square(OwnAttack):
     def _signs(self, model: AttackedModel, images: Tensor, *shape: int) -> Tensor:
         return self.eps * (model.draws.uniform(*shape) - 0.5).sign().to(images)
 
-    def _share(self, query: int) -> float:
-        """Share of the image that a square covers: the published schedule, over all queries."""
-        at = 10_000 * query / self.steps
-        return 0.8 / 2.0 ** sum(at > end for end in SQUARE_HALVINGS)
-
 
 class CW(OwnAttack):
     """Carlini and Wagner's L2 attack (arXiv 1608.04644), by projected Adam steps, with the
     smallest of four weights c that succeeds. The library's ends when the batch's sum rises, takes
     logits for positive, never moves black or white, and often loses its success in rounding."""
-
-    def __init__(self, model: AttackedModel, steps: int, lr: float = 0.005) -> None:
-        super().__init__(model)
-        self.steps, self.lr = steps, lr
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         best = images.clone()
@@ -158,7 +161,7 @@ class CW(OwnAttack):
             if not len(left):
                 break
             model, moved = self.model.rows(left), images[left].requires_grad_()
-            optimizer = torch.optim.Adam([moved], lr=self.lr)
+            optimizer = torch.optim.Adam([moved], lr=CW_LR)
             for _ in range(self.steps):
                 squared = (moved - images[left]).square().flatten(1).sum(1)
                 shown = moved + (rounded(moved) - moved).detach()
@@ -179,10 +182,6 @@ class AutoAttack(OwnAttack):
     images that are left; of a randomised model APGD-CE and APGD-DLR (Croce and Hein 2020). An
     image that resists all of them comes back as the candidate of the lowest margin: to another
     model it may be an attack all the same. The loss of APGD-T needs four classes, DLR three."""
-
-    def __init__(self, model: AttackedModel, eps: float, steps: int) -> None:
-        super().__init__(model)
-        self.eps, self.steps = eps, steps
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         best = images.clone()
@@ -206,33 +205,19 @@ class AutoAttack(OwnAttack):
             best[left] = after
         return best
 
-    def stages(self) -> list[Callable[[AttackedModel], Callable[..., Tensor]]]:
+    def stages(self) -> list[Callable[[AttackedModel], Algorithm]]:
         """The attacks in their order, each on a model for the images that are left."""
-        ball, classes = {"eps": self.eps, "steps": self.steps}, self.model.classes
+        ball: dict[str, Any] = {"eps": self.eps, "steps": self.steps}
+        classes = self.model.classes
         targets = range(2, min(10, classes) + 1)
-
-        def apgd(model: AttackedModel, loss: str = "ce") -> Callable[..., Tensor]:
-            return strongest(torchattacks.APGD(model, **ball, loss=loss))
-
-        def targeted_apgd(model: AttackedModel, target: int) -> Callable[..., Tensor]:
-            attack = torchattacks.APGDT(model, **ball)
-            attack.target_class = target
-            return strongest(attack)
-
-        def targeted_fab(model: AttackedModel, target: int) -> Callable[..., Tensor]:
-            attack = torchattacks.FAB(model, **ball, multi_targeted=True)
-            attack.target_class = target
-            run = attack.attack_single_run_targeted
-            return lambda x, labels: x + (run(x, labels) - x).clamp(-self.eps, self.eps)
-
-        stages: list[Any] = [apgd]
+        stages: list[Any] = [partial(apgd, **ball)]
         if classes == 3 or (classes > 3 and self.model.randomised):
-            stages.append(partial(apgd, loss="dlr"))
+            stages.append(partial(apgd, **ball, loss="dlr"))
         if self.model.randomised:
             return stages
         if classes > 3:
-            stages += [partial(targeted_apgd, target=t) for t in targets]
-        stages += [partial(targeted_fab, target=t) for t in targets]
+            stages += [partial(apgd, **ball, target=t) for t in targets]
+        stages += [partial(targeted_fab, **ball, target=t) for t in targets]
         return [*stages, partial(Square, eps=self.eps, steps=50 * self.steps)]
 
     @staticmethod

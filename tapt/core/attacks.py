@@ -16,7 +16,7 @@ import torchattacks
 from pydantic import Field, field_validator
 from torch import Generator, Tensor
 
-from tapt.core.algorithms import CW, CW_WEIGHTS, AttackedModel, AutoAttack, Draws, Square, strongest
+from tapt.core.algorithms import CW, CW_WEIGHTS, AttackedModel, AutoAttack, Draws, Square, apgd
 from tapt.core.clip import Classifier
 from tapt.core.errors import InputError
 from tapt.core.images import to_float
@@ -128,10 +128,6 @@ class Method:
     passes: Callable[[int, int], int] = lambda steps, classes: steps
 
 
-def _apgd(model: AttackedModel, **options: Any) -> Callable[..., Tensor]:
-    return strongest(torchattacks.APGD(model, **options))
-
-
 def _ti(model: AttackedModel, **options: Any) -> torchattacks.TIFGSM:
     # 15 pixels are the published kernel for 299; a small image needs a smaller one
     kernel = min(15, max(5, model.image_size // 15 | 1))
@@ -145,7 +141,7 @@ METHODS: dict[str, Method] = {
         step_size=True,
     ),
     "apgd": Method(
-        *("APGD", 50, _apgd),
+        *("APGD", 50, apgd),
         "PGD with momentum that halves its own step size when it stops gaining.",
         targeted=False,
     ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -22,21 +22,6 @@ from tapt.core.towers import encode_image, encode_text
 
 WORDS = "a photo of a"
 DEFAULT_TEMPLATE = "a photo of a {}."
-
-
-class Sizes(Protocol):
-    """What the shapes of prompts and statistics depend on; a `Backbone` has it."""
-
-    @property
-    def image_tokens(self) -> int: ...
-    @property
-    def visual_width(self) -> int: ...
-    @property
-    def visual_blocks(self) -> int: ...
-    @property
-    def text_width(self) -> int: ...
-    @property
-    def text_blocks(self) -> int: ...
 
 
 class PromptConfig(Settings):
@@ -92,16 +77,18 @@ class PromptConfig(Settings):
             return [self.template.replace("{}", name) for name in names]
         return [f"{self.context} {name}." for name in names]
 
-    def shapes(self, backbone: Sizes) -> dict[str, tuple[int, ...]]:
-        """Name and shape of every parameter on this backbone; `InputError` where the backbone has
-        fewer blocks than the depth."""
-        for tower, depth, blocks in (
-            ("visual_depth", self.visual_depth, backbone.visual_blocks),
-            ("text_depth", self.text_blocks, backbone.text_blocks),
-        ):
-            if depth > blocks:
-                raise InputError(f"{tower} must be at most {blocks} on this backbone, got {depth}.")
-        n, image, text = self.tokens, backbone.visual_width, backbone.text_width
+    def shapes(self, sizes: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Name and shape of every parameter; `InputError` where there are fewer blocks than prompts
+        are to go into.
+
+        sizes: as `Backbone.architecture` names them.
+        """
+        for tower, depth in (("visual", self.visual_depth), ("text", self.text_blocks)):
+            if depth > (most := sizes[f"{tower}_blocks"]):
+                raise InputError(
+                    f"{tower}_depth must be at most {most} on this backbone, got {depth}."
+                )
+        n, image, text = self.tokens, sizes["visual_width"], sizes["text_width"]
         depth = self.visual_depth
         if self.design == "V":
             return {"visual": (depth, n, image)}
@@ -147,10 +134,6 @@ class Prompts:
         """`size` independent copies, as a leading dimension."""
         return self.map(lambda t: t.expand(size, *t.shape).clone())
 
-    def __getitem__(self, index: int) -> Prompts:
-        """The prompts of one image of a batch."""
-        return self.map(lambda t: t[index])
-
 
 def init_prompts(backbone: Backbone, config: PromptConfig, *, seed: int = 0) -> Prompts:
     """Untrained prompts, which the published V and VLI code also resets to before every image:
@@ -158,7 +141,7 @@ def init_prompts(backbone: Backbone, config: PromptConfig, *, seed: int = 0) -> 
     the embeddings of the first words of `config.context`, where those are no placeholders."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, shape in config.shapes(backbone).items():
+    for name, shape in config.shapes(backbone.architecture).items():
         if name.startswith("projection"):
             bound = backbone.text_width**-0.5
             values = (torch.rand(shape, generator=generator, device="cpu") * 2 - 1) * bound
@@ -203,8 +186,7 @@ def class_texts(
     them, once. Raises `InputError` for no classes, or a name that does not fit the context."""
     if not classes:
         raise InputError("Give at least one class name.")
-    if config is None:
-        config = PromptConfig(design="V", template=template)
+    config = config or PromptConfig(design="V", template=template)
     tokens = backbone.tokenize(config.sentences(classes), cut=cut)
     if config.context is not None:
         return ClassTexts(tokens, None)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Iterable
 from typing import Any, Literal
 
 from annotated_types import Gt, Lt
@@ -44,12 +43,16 @@ class Settings(BaseModel):
 def sentence(error: ValidationError, model: type[BaseModel]) -> str:
     """The first fault of `error` in words, without the full stop: what, the rule, the value."""
     first = error.errors(include_url=False)[0]
-    where = [part for part in first["loc"] if not str(part).startswith("function-")]
-    owner, last = _owner(model, where), next((p for p in where[::-1] if isinstance(p, str)), "")
-    field = owner.model_fields.get(last) if owner else None
-    if field and _own_rule(field):  # of the whole value, not of its parts
-        where = where[: len(where) - where[::-1].index(last)]
-    name = "".join(f"[{p}]" if isinstance(p, int) else f".{p}" for p in where).lstrip(".")
+    name, index, field = "", "", None
+    owner: type[BaseModel] | None = model
+    inner: type[BaseModel] | None = model
+    for part in first["loc"]:
+        if isinstance(part, int):
+            index += f"[{part}]"
+        elif not part.startswith("function-"):
+            owner, field = inner, inner.model_fields.get(part) if inner else None
+            inner, name, index = _model_in(field), f"{name}{index}.{part}".lstrip("."), ""
+    name += "" if field and _own_rule(field) else index  # such a rule is of the whole value
     if first["type"] == "value_error":
         return str(first["ctx"]["error"]).rstrip(".")
     if first["type"] == "missing" and isinstance(first["loc"][-1], str):
@@ -110,13 +113,9 @@ def _members(annotation: Any) -> tuple[Any, ...]:
     return typing.get_args(annotation) if union else (annotation,)
 
 
-def _owner(model: type[BaseModel], where: Iterable[str | int]) -> type[BaseModel] | None:
-    """The class that the last named part of a place belongs to."""
-    owner: type[BaseModel] | None = model
-    for part in [part for part in where if isinstance(part, str)][:-1]:
-        field = owner.model_fields.get(part) if owner else None
-        inner = [*_members(field.annotation)] if field else []
-        inner += [each for kind in inner for each in typing.get_args(kind)]
-        models = [kind for kind in inner if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        owner = models[0] if models else None
-    return owner
+def _model_in(field: FieldInfo | None) -> type[BaseModel] | None:
+    """The class of a field's values, or of what they hold."""
+    kinds = [*_members(field.annotation)] if field else []
+    kinds += [held for kind in kinds for held in typing.get_args(kind)]
+    models = (kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel))
+    return next(models, None)

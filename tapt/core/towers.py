@@ -93,17 +93,15 @@ def encode_text(backbone: Backbone, tokens: Tensor, prompts: Tensor | None = Non
 
 
 def _embed_text(text: Any, tokens: Tensor) -> tuple[Tensor, Tensor | None]:
-    length = tokens.shape[1]
     if hasattr(text, "_embeds"):  # TextTransformer: CoCa's class token and padding masks
         x, mask = text._embeds(tokens)
     else:
         dtype = text.transformer.get_cast_dtype()
         x = text.token_embedding(tokens).to(dtype)
-        x = x + text.positional_embedding[:length].to(dtype)
+        x = x + text.positional_embedding[: tokens.shape[1]].to(dtype)
         mask = text.attn_mask
-    if mask is not None:
-        mask = mask[..., : x.shape[1], : x.shape[1]]
-    return x, mask
+    length = x.shape[1]
+    return x, None if mask is None else mask[..., :length, :length]
 
 
 def _run_block(transformer: Any, block: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -139,5 +137,4 @@ def _per_item(tokens: Tensor, items: int) -> Tensor:
     """(n, width) or (G, n, width) -> (items, n, width), each group repeated for its run."""
     if tokens.ndim == 2:
         return tokens.expand(items, -1, -1)
-    groups = len(tokens)
-    return tokens.repeat_interleave(items // groups, dim=0)
+    return tokens.repeat_interleave(items // len(tokens), dim=0)

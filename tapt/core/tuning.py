@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
+from pydantic.config import JsonDict
 from torch import Tensor
 
 from tapt.core.backbone import Backbone
@@ -25,14 +23,15 @@ from tapt.core.losses import (
     select_views,
     view_statistics,
 )
-from tapt.core.prompts import ClassTexts, Prompts, image_logits
+from tapt.core.prompts import ClassTexts, Prompts, image_logits, logits
 from tapt.core.settings import Settings
 from tapt.core.towers import encode_image
 
 Progress = Callable[[int, int], None]
 """Called with (done, total); may raise to stop."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
-TWO_BETAS: dict[str, Any] = {"rule": "two numbers from 0 to below 1"}
+TUNE_STEPS: JsonDict = {"option": "tune-steps"}
+TWO_BETAS: JsonDict = {"rule": "two numbers from 0 to below 1"}
 
 
 class TuneConfig(Settings):
@@ -41,11 +40,7 @@ class TuneConfig(Settings):
     views: int = Field(64, ge=1, le=1024, description="the image and random crops of it")
     keep: float = Field(0.1, ge=0, le=1, description="share of the most confident views")
     steps: int = Field(
-        1,
-        ge=0,
-        le=100,
-        description="AdamW steps per image",
-        json_schema_extra={"option": "tune-steps"},
+        1, ge=0, le=100, description="AdamW steps per image", json_schema_extra=TUNE_STEPS
     )
     lr: float = Field(5e-4, ge=0, le=10, description="learning rate of the steps")
     weight_decay: float = Field(0.01, ge=0, le=10, description="of AdamW")
@@ -81,11 +76,6 @@ class Losses:
     clean: Tensor | None = None
     per_block_adversarial: Tensor | None = None
     per_block_clean: Tensor | None = None
-
-    def detach(self) -> Losses:
-        """The values without their graph."""
-        values: dict[str, Any] = {k: v if v is None else v.detach() for k, v in vars(self).items()}
-        return Losses(**values)
 
 
 class Objective:
@@ -180,49 +170,43 @@ def tune(
     advance = counted(on_progress, images * (count + passes * (config.steps + after) + 1))
 
     # section 3.2: keep the views that the starting prompts are most confident about
-    with torch.no_grad(), clock("text"):
+    with torch.no_grad():
         text = texts.features(backbone, prompts) if text_features is None else text_features
-    with clock("select"):
-        if view_logits is None:
-            view_logits = encode_views(backbone, prompts, views, text, advance=advance)
-        else:
-            advance(images * count)
-        entropies = entropy(view_logits)
-        kept = select_views(entropies, config.keep)
-        kept_views = views[torch.arange(images, device=views.device)[:, None], kept]
+    clock.lap("text")
+    if view_logits is None:
+        view_logits = encode_views(backbone, prompts, views, text, advance=advance)
+    else:
+        advance(images * count)
+    entropies = entropy(view_logits)
+    kept = select_views(entropies, config.keep)
+    kept_views = views[torch.arange(images, device=views.device)[:, None], kept]
+    clock.lap("select")
 
     # section 3.3: lower their joint entropy and the distance of their statistics; every image
     # starts from the same prompts, with an optimiser of its own
     tuned = prompts.batch(images).map(lambda t: t.detach().requires_grad_())
-    optimizer = torch.optim.AdamW(
-        list(tuned.tensors.values()),
-        lr=config.lr,
-        betas=config.betas,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-    )
+    options = config.model_dump(include={"lr", "betas", "eps", "weight_decay"})
+    optimizer = torch.optim.AdamW(list(tuned.tensors.values()), **options)
     before: Losses | None = None
     for _ in range(config.steps):
-        with clock("gradient"):
-            losses = backward(objective, tuned, texts, text, kept_views)
-            before = before or losses
-            with torch.no_grad(), torch.device("cpu"):  # AdamW makes its counter on the default
-                optimizer.step()
-                text = texts.features(backbone, tuned)
+        losses = backward(objective, tuned, texts, text, kept_views)
+        before = before or losses
+        with torch.no_grad(), torch.device("cpu"):  # AdamW makes its counter on the default
+            optimizer.step()
+            text = texts.features(backbone, tuned)
         advance(images * passes)
+    clock.lap("gradient")
 
     # section 3.4: the answer to the image itself under its own prompts
     tuned = tuned.map(Tensor.detach)
     with torch.no_grad():
-        with clock("predict"):
-            features, _ = encode_image(backbone, views[:, 0], tuned.visual())
-            logits = image_logits(backbone, features, text)
-        with clock("after"):
-            before = before or objective(tuned, kept_views, text)
-            final = objective(tuned, kept_views, text) if after else None
+        answer = logits(backbone, views[:, 0], text, tuned)
+        clock.lap("predict")
+        before = before or objective(tuned, kept_views, text)
+        final = objective(tuned, kept_views, text) if after else None
+        clock.lap("after")
     advance(images * (passes * after + 1))
-    answer = tuned, text, logits, view_logits, entropies, kept, before, final
-    return Tuned(*answer, clock.seconds)
+    return Tuned(tuned, text, answer, view_logits, entropies, kept, before, final, clock.seconds)
 
 
 def backward(
@@ -239,7 +223,7 @@ def backward(
             text = text.expand(len(views), -1, -1).clone().requires_grad_()
         losses = objective(prompts, views, text)
         losses.total.sum().backward()
-        losses = losses.detach()
+        losses = Losses(**{k: v.detach() for k, v in vars(losses).items() if v is not None})
         if texts.fixed is None:
             texts.features(objective.backbone, prompts).backward(text.grad)
     return losses
@@ -266,22 +250,6 @@ def encode_views(
         rows.append(image_logits(backbone, features.to(text_features.dtype), text_features))
         advance(len(chunk))
     return torch.cat(rows).view(*views.shape[:2], -1)
-
-
-def tokens_per_image(backbone: Backbone, config: TuneConfig, texts: ClassTexts) -> int:
-    """Tokens that one image passes with gradients, in units of the image tower's; the class
-    sentences count where every image has text prompts of its own."""
-    tokens = kept_views_count(config.views, config.keep) * backbone.image_tokens
-    if texts.fixed is None:
-        width, blocks = backbone.visual_width, backbone.visual_blocks
-        share = backbone.text_width * backbone.text_blocks / (width * blocks)
-        tokens += math.ceil(texts.tokens.numel() * share)
-    return tokens
-
-
-def images_per_pass(backbone: Backbone, config: TuneConfig, texts: ClassTexts) -> int:
-    """Images that are tuned at once: about 8,000 tokens with gradients."""
-    return max(1, 8192 // tokens_per_image(backbone, config, texts))
 
 
 def views_per_pass(backbone: Backbone) -> int:
@@ -319,15 +287,16 @@ def counted(on_progress: Progress, total: int) -> Callable[[int], None]:
 
 
 class Clock:
-    """Seconds per phase; waits for a GPU so that its work is counted where it was asked for."""
+    """Seconds by phase, between the laps; waits for a GPU so that its work is counted where it
+    was asked for."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, defaultdict[str, float](float)
+        self.device, self.seconds = device, dict[str, float]()
+        self._last = time.perf_counter()
 
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        began = time.perf_counter()
-        yield
+    def lap(self, phase: str) -> None:
+        """What was done since the last lap was of this phase."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.seconds[phase] += time.perf_counter() - began
+        before, self._last = self._last, time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + self._last - before

@@ -22,8 +22,7 @@ def load_data(source: str | os.PathLike[str], split: str = "test") -> LabelledIm
         (`UCF101:frames`); `torchvision:NAME[:ROOT]`; or a split file `split_zhou_*.json`.
     split: `test` or `train`, where the set has both.
 
-    Raises:
-        DataError: the source is missing or is not laid out as expected.
+    Raises `DataError` where the source is missing or is not laid out as expected.
     """
     source = os.fspath(source)
     if source.startswith("torchvision:"):

@@ -11,9 +11,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from tapt.core.errors import DataError
-from tapt.core.images import to_rgb
 from tapt.data.images import LabelledImages, check_classes, file_bytes, open_file
+from tapt.data.pictures import to_rgb
 
 # how each set names its held-out part and its training part; {}: it has no parts of its own
 TORCHVISION_SPLITS: dict[str, dict[str, dict[str, str | bool]]] = {
@@ -52,11 +54,8 @@ class Benchmark:
     aliases: Mapping[str, str | None]
 
     def rename(self, own: Sequence[str]) -> list[str | None]:
-        """The name in a sentence for each of the set's own class names.
-
-        Raises:
-            DataError: a name is none of this set's.
-        """
+        """The name in a sentence for each of the set's own class names; `DataError` where one is
+        none of this set's."""
         if tuple(own) == self.classes:  # ImageNet has names that are there twice
             return list(own)
         ids = [match for name in own if (match := re.fullmatch(r"n?(\d+)", name))]
@@ -97,10 +96,7 @@ def benchmarks() -> dict[str, Benchmark]:
 
 def renamed(data: LabelledImages, name: str) -> LabelledImages:
     """The same images with the class names and the template of a benchmark set; images of classes
-    that the literature leaves out are dropped.
-
-    Raises:
-        DataError: a class is none of that set's.
+    that the literature leaves out are dropped, and `DataError` where a class is none of the set's.
     """
     benchmark = benchmarks()[name]
     names = benchmark.rename(data.classes)
@@ -118,10 +114,7 @@ def renamed(data: LabelledImages, name: str) -> LabelledImages:
 
 def from_torchvision(source: str, split: str) -> LabelledImages:
     """`torchvision:NAME[:ROOT]`; sets without parts of their own give all their images.
-
-    Raises:
-        DataError: the set is unknown or not complete under its root.
-    """
+    `DataError` where the set is unknown or not complete under its root."""
     from torchvision import datasets
 
     _, name, *root = source.split(":", 2)
@@ -141,26 +134,23 @@ def from_torchvision(source: str, split: str) -> LabelledImages:
         own = list(benchmarks()[name].classes)
     labels = tuple(int(label) for label in _labels(data))
     if name in ("CIFAR10", "CIFAR100"):
-        images = LabelledImages(
-            tuple(own),
-            labels,
-            lambda i: to_rgb(data[i][0]),
-            lambda i: bytes(data[i][0].tobytes()),
-            name,
-        )
+
+        def read(i: int) -> Image.Image:
+            return to_rgb(data[i][0])
+
+        images = LabelledImages(tuple(own), labels, read, lambda i: read(i).tobytes(), name)
     else:
-        images = _from_files(tuple(own), labels, _files(data), name)
-    if name == "SUN397":  # listed as the file system pleases
         files = _files(data)
-        images = images.subset(sorted(range(len(files)), key=lambda i: str(files[i])))
+        images = _from_files(tuple(own), labels, files, name)
+        if name == "SUN397":  # listed as the file system pleases
+            images = images.subset(sorted(range(len(files)), key=lambda i: str(files[i])))
     return renamed(images, name) if name in benchmarks() else images
 
 
 def _labels(data: Any) -> Sequence[int]:
     for attribute in ("targets", "y", "_labels"):
         if hasattr(data, attribute):
-            labels: Sequence[int] = getattr(data, attribute)
-            return labels
+            return list(getattr(data, attribute))
     return [label for _, label in data._samples]
 
 
@@ -177,11 +167,7 @@ def _files(data: Any) -> list[Path]:
 
 
 def _from_files(
-    classes: tuple[str, ...],
-    labels: tuple[int, ...],
-    files: Sequence[Path],
-    name: str,
-    template: str | None = None,
+    classes: tuple[str, ...], labels: tuple[int, ...], files: Sequence[Path], name: str
 ) -> LabelledImages:
     def words(i: int) -> str:
         return f"{files[i].parent.name}/{files[i].name} of {name}"
@@ -192,17 +178,14 @@ def _from_files(
         lambda i: open_file(files[i].read_bytes, words(i)),
         lambda i: file_bytes(files[i].read_bytes, words(i)),
         name,
-        template,
+        benchmarks()[name].template if name in benchmarks() else None,
     )
 
 
 def from_split_file(path: Path, split: str) -> LabelledImages:
     """A split file of CoOp (`split_zhou_*.json`): lists of [image, label, class name], with the
-    class names of the literature. Images lie beside the file or in a folder beside it.
-
-    Raises:
-        DataError: it is no such file, or its images are not there.
-    """
+    class names of the literature. Images lie beside the file or in a folder beside it;
+    `DataError` where they do not, and where it is no such file."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8"))[split]
         entries = [(str(image), int(label), str(name)) for image, label, name in rows]
@@ -225,7 +208,6 @@ def from_split_file(path: Path, split: str) -> LabelledImages:
     if root is None:
         raise DataError(f"The images of {path.name} are not beside it, nor in a folder beside it.")
     name = path.stem.removeprefix("split_zhou_")
-    name = SPLIT_NAMES.get(name, name)
-    template = benchmarks()[name].template if name in benchmarks() else None
     labels = tuple(label for _, label, _ in entries)
-    return _from_files(classes, labels, [root / image for image, _, _ in entries], name, template)
+    files = [root / image for image, _, _ in entries]
+    return _from_files(classes, labels, files, SPLIT_NAMES.get(name, name))

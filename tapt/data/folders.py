@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
@@ -16,40 +16,40 @@ MAX_MEMBER_BYTES = 500_000_000
 
 
 def from_folder(folder: Path, source: str) -> LabelledImages:
-    """Images at `<class>/<image>` of a folder.
+    """Images at `<class>/<image>` of a folder; `DataError` where there are none, or where they are
+    in parts such as train and test."""
 
-    Raises:
-        DataError: there are none, or they are in parts such as train and test.
-    """
-    files = _images(_below(folder, "*/*"))
+    def images(pattern: str) -> list[PurePosixPath]:
+        return _images(
+            PurePosixPath(p.relative_to(folder).as_posix()) for p in folder.glob(pattern)
+        )
+
+    files = images("*/*")
     if not files:
-        deeper = _images(_below(folder, "*/*/*"))
-        parts = sorted({file.parts[0] for file in deeper})
-        _refuse_parts(parts, source)
+        _refuse_parts({file.parts[0] for file in images("*/*/*")}, source)
+
+    def read(i: int) -> bytes:
+        return (folder / files[i]).read_bytes()
 
     def content(i: int) -> bytes:
-        return file_bytes((folder / files[i]).read_bytes, f"{files[i]} in {source!r}")
+        return file_bytes(lambda: read(i), f"{files[i]} in {source!r}")
 
-    return _labelled(files, lambda i: (folder / files[i]).read_bytes(), content, source)
+    return _labelled(files, read, content, source)
 
 
 def from_zip(path: Path, source: str) -> LabelledImages:
-    """Images at `<class>/<image>` of a zip, or of one folder in it.
-
-    Raises:
-        DataError: there are none, they are in parts such as train and test, or one is there
-            twice.
-    """
+    """Images at `<class>/<image>` of a zip, or of one folder in it; `DataError` where there are
+    none, they are in parts such as train and test, or one is there twice."""
     try:
         archive = zipfile.ZipFile(path)
     except Exception as error:  # a damaged directory raises whatever it stumbles over
         raise DataError(f"{source!r} is a damaged zip.") from error
     members = {PurePosixPath(info.filename): info for info in archive.infolist()}
-    names = _images([PurePosixPath(info.filename) for info in archive.infolist()])
+    names = _images(PurePosixPath(name) for name in archive.namelist())
     for one, other in pairwise(names):
         if one == other:
             raise DataError(f"{source!r} has {str(one)!r} twice.")
-    _refuse_parts(sorted({str(name.parent.parent) for name in names}), source, single=True)
+    _refuse_parts({str(name.parent.parent) for name in names}, source, allowed=1)
 
     def read(i: int) -> bytes:
         info = members[names[i]]
@@ -64,11 +64,7 @@ def from_zip(path: Path, source: str) -> LabelledImages:
     return _labelled(names, read, content, source)
 
 
-def _below(folder: Path, pattern: str) -> list[PurePosixPath]:
-    return [PurePosixPath(path.relative_to(folder).as_posix()) for path in folder.glob(pattern)]
-
-
-def _images(files: Sequence[PurePosixPath]) -> list[PurePosixPath]:
+def _images(files: Iterable[PurePosixPath]) -> list[PurePosixPath]:
     """Paths of images in folders, sorted, without what macOS adds to a zip."""
     return sorted(
         file
@@ -79,10 +75,10 @@ def _images(files: Sequence[PurePosixPath]) -> list[PurePosixPath]:
     )
 
 
-def _refuse_parts(parts: Sequence[str], source: str, *, single: bool = False) -> None:
-    """single: one part alone is the whole set."""
-    if len(parts) > single:
-        listed = ", ".join(map(repr, parts[:5]))
+def _refuse_parts(parts: Collection[str], source: str, allowed: int = 0) -> None:
+    """allowed: as many parts are the whole set."""
+    if len(parts) > allowed:
+        listed = ", ".join(map(repr, sorted(parts)[:5]))
         raise DataError(
             f"{source!r} has its class folders in parts ({listed}): give one part as a data set "
             "of its own."
@@ -98,9 +94,7 @@ def _labelled(
     if not files:
         raise DataError(f"{source!r} has no class folders with images (<class>/<image>.jpg).")
     classes = sorted({file.parent.name for file in files})
-    parts = [name for name in classes if name.lower() in PARTS]
-    if len(parts) > 1:
-        _refuse_parts(parts, source)
+    _refuse_parts([name for name in classes if name.lower() in PARTS], source, allowed=1)
     check_classes(classes, source)
     index = {name: i for i, name in enumerate(classes)}
     return LabelledImages(

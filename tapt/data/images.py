@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import unicodedata
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -14,8 +15,8 @@ from PIL import Image
 from torch import Tensor
 
 from tapt.core.errors import DataError, InputError
-from tapt.core.images import open_image
 from tapt.data.names import MAX_CLASSES
+from tapt.data.pictures import open_image
 
 MAX_HELD_BYTES = 2_000_000_000
 """Preprocessed pixels that a process keeps; what is beyond is decoded anew each time."""
@@ -59,30 +60,19 @@ class LabelledImages:
     def balanced(self, limit: int, seed: int = 0) -> LabelledImages:
         """A seeded subset of `limit` images whose class counts differ by one at most (as far as
         the classes have images)."""
-        indices = balanced_indices(self.labels, len(self.classes), limit, seed)
-        return self.subset(indices)
-
-
-def balanced_indices(labels: Sequence[int], classes: int, limit: int, seed: int) -> list[int]:
-    """Indices of a seeded, class-balanced subset, sorted."""
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(labels), generator=generator, device="cpu").tolist()
-    queues: list[list[int]] = [[] for _ in range(classes)]
-    for i in order:
-        queues[labels[i]].append(i)
-    # the k-th image of every class comes before the (k+1)-th of any
-    ranked = [(rank, i) for queue in queues for rank, i in enumerate(queue)]
-    position = {i: p for p, i in enumerate(order)}
-    ranked.sort(key=lambda item: (item[0], position[item[1]]))
-    return sorted(i for _, i in ranked[:limit])
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self), generator=generator, device="cpu").tolist()
+        earlier, ranks = Counter[int](), {}
+        for i in order:
+            ranks[i] = earlier[self.labels[i]]
+            earlier[self.labels[i]] += 1
+        # the k-th image of every class comes before the (k+1)-th of any
+        return self.subset(sorted(sorted(order, key=ranks.__getitem__)[:limit]))
 
 
 def digest(data: LabelledImages) -> str:
-    """SHA-256 over class names, labels and contents, as hexadecimal digits.
-
-    Raises:
-        DataError: an image cannot be read.
-    """
+    """SHA-256 over class names, labels and contents, as hexadecimal digits; `DataError` where an
+    image cannot be read."""
     total = hashlib.sha256(json.dumps([data.classes, data.labels]).encode())
     for i in range(len(data)):
         total.update(hashlib.sha256(data.content(i)).digest())
@@ -90,17 +80,12 @@ def digest(data: LabelledImages) -> str:
 
 
 def check_classes(classes: Sequence[str], source: str) -> None:
-    """Refuses class names that say nothing about accuracy.
-
-    Raises:
-        DataError: one class, more than `MAX_CLASSES`, or two names for the same thing.
-    """
-    if len(classes) < 2:
+    """Refuses one class, more than `MAX_CLASSES`, and two names for the same thing."""
+    count = len(classes)
+    if count < 2:
         raise DataError(f"{source!r} has one class only, {classes[0]!r}: at least 2 are needed.")
-    if len(classes) > MAX_CLASSES:
-        raise DataError(
-            f"{source!r} has {len(classes):,} classes: at most {MAX_CLASSES:,} are allowed."
-        )
+    if count > MAX_CLASSES:
+        raise DataError(f"{source!r} has {count:,} classes: at most {MAX_CLASSES:,} are allowed.")
     known: dict[str, str] = {}
     for name in classes:
         plain = unicodedata.normalize("NFKC", name).casefold()
@@ -110,11 +95,8 @@ def check_classes(classes: Sequence[str], source: str) -> None:
 
 
 def file_bytes(read: Callable[[], bytes], name: str) -> bytes:
-    """The bytes of a file or of a zip's member.
-
-    Raises:
-        DataError: they cannot be read; the message says `name`.
-    """
+    """The bytes of a file or of a zip's member; `DataError` with `name` where they cannot be
+    read."""
     try:
         return read()
     except Exception as error:  # zips raise whatever their decoders stumble over
@@ -124,32 +106,20 @@ def file_bytes(read: Callable[[], bytes], name: str) -> bytes:
 
 
 def open_file(read: Callable[[], bytes], name: str) -> Image.Image:
-    """Decodes an image file as `open_image` does.
-
-    Raises:
-        DataError: `name` cannot be read or is not an image.
-    """
-    content = file_bytes(read, name)
+    """Decodes an image file as `open_image` does; `DataError` where `name` cannot be read or is
+    no image."""
     try:
-        return open_image(content)
+        return open_image(file_bytes(read, name))
     except InputError as error:
         raise DataError(f"{name}: {error}") from error
 
 
 class Pixels:
-    """Preprocessed images of a set, decoded when they are first asked for.
+    """Preprocessed images of a set, decoded when they are first asked for."""
 
-    held_bytes: of them that are kept, default `MAX_HELD_BYTES`.
-    """
-
-    def __init__(
-        self,
-        data: LabelledImages,
-        preprocess: Callable[[Image.Image], Tensor],
-        held_bytes: int | None = None,
-    ) -> None:
+    def __init__(self, data: LabelledImages, preprocess: Callable[[Image.Image], Tensor]) -> None:
         self.data, self.preprocess = data, preprocess
-        self._left = MAX_HELD_BYTES if held_bytes is None else held_bytes
+        self._left = MAX_HELD_BYTES
         self._held: dict[int, Tensor] = {}
 
     def __len__(self) -> int:

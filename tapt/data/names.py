@@ -17,21 +17,17 @@ def class_names(text: str) -> list[str]:
 
 def parse_classes(text: str | Sequence[str]) -> list[str]:
     """Class names from text, one per line or by commas; trimmed, without repetitions. A sequence
-    is taken name by name.
-
-    Raises:
-        InputError: fewer than two names, or more than 1,000.
-    """
+    is taken name by name. `InputError` for fewer than two names, or more than 1,000."""
     names = class_names(text) if isinstance(text, str) else [" ".join(n.split()) for n in text]
     first: dict[str, str] = {}
     for name in filter(None, names):  # names that differ in case alone are one class
         first.setdefault(name.casefold(), name)
     classes = list(first.values())
-    if len(classes) < 2:
+    count = len(classes)
+    if count < 2:
         raise InputError(
-            f"Give at least two class names, one per line or separated by commas; "
-            f"got {len(classes)}."
+            f"Give at least two class names, one per line or separated by commas; got {count}."
         )
-    if len(classes) > MAX_CLASSES:
-        raise InputError(f"Give at most {MAX_CLASSES:,} class names; got {len(classes):,}.")
+    if count > MAX_CLASSES:
+        raise InputError(f"Give at most {MAX_CLASSES:,} class names; got {count:,}.")
     return classes

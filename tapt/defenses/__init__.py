@@ -1,11 +1,13 @@
 """Defences of CLIP behind one registry; another one is one file that registers itself."""
 
-from tapt.defenses import fixed, ensemble, tapt  # noqa: F401, I001  the order that is shown
+# the order in which they are shown
+from tapt.defenses import fixed, ensemble, tapt, tapt_ensemble, text_prompts, ttc, dbd  # noqa: F401, I001
 from tapt.defenses.base import (
     Defense,
     ImageBatch,
     Prediction,
     PreparedDefense,
+    all_defenses,
     find_defenses,
     list_defenses,
     register,
@@ -16,6 +18,7 @@ __all__ = [
     "ImageBatch",
     "Prediction",
     "PreparedDefense",
+    "all_defenses",
     "find_defenses",
     "list_defenses",
     "register",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +11,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Generator, Tensor
 
+from tapt.core.backbone import Backbone
 from tapt.core.clip import PromptedClip
 from tapt.core.errors import InputError
+from tapt.core.prompts import ClassTexts
 from tapt.core.settings import Settings
 from tapt.core.tuning import Progress, counted, encode_views
 from tapt.core.views import generators, make_views
@@ -71,6 +74,20 @@ class ImageBatch:
             return encode_views(model, clip.prompts, views, text, advance=advance)
 
         return self.shared(("view logits", count, clip), make)
+
+
+def images_per_pass(backbone: Backbone, views: int, texts: ClassTexts | None = None) -> int:
+    """How many images pass with gradients at once: about 8,000 tokens of the image tower.
+
+    views: of each image.
+    texts: class sentences; they count where every image has text prompts of its own.
+    """
+    tokens = views * backbone.image_tokens
+    if texts is not None and texts.fixed is None:
+        width, blocks = backbone.visual_width, backbone.visual_blocks
+        share = backbone.text_width * backbone.text_blocks / (width * blocks)
+        tokens += math.ceil(texts.tokens.numel() * share)
+    return max(1, 8192 // tokens)
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,6 +151,7 @@ class Defense:
     prepare: makes it ready; sees things of the core alone.
     uses_prompts: its answer depends on the pack's prompts.
     paper: where it comes from.
+    by_default: answers where nobody chose.
     """
 
     name: str
@@ -143,6 +161,7 @@ class Defense:
     settings: type[Settings] = NoSettings
     uses_prompts: bool = True
     paper: str = ""
+    by_default: bool = True
 
 
 _REGISTRY: dict[str, Defense] = {}
@@ -159,8 +178,13 @@ def list_defenses() -> list[str]:
     return list(_REGISTRY)
 
 
+def all_defenses() -> list[Defense]:
+    """Every registered defence, in the order in which they are shown."""
+    return list(_REGISTRY.values())
+
+
 def find_defenses(names: Sequence[str] | None = None) -> list[Defense]:
-    """The defences of these names, default all.
+    """The defences of these names; without names those that answer by default.
 
     Raises:
         InputError: no name, or one that is not registered; the message lists them.
@@ -171,4 +195,5 @@ def find_defenses(names: Sequence[str] | None = None) -> list[Defense]:
     for name in names or ():
         if name not in _REGISTRY:
             raise InputError(f"Defence {name!r} is unknown; choose from {known}.")
-    return [_REGISTRY[name] for name in dict.fromkeys(names or _REGISTRY)]
+    chosen = names or [name for name, row in _REGISTRY.items() if row.by_default]
+    return [_REGISTRY[name] for name in dict.fromkeys(chosen)]

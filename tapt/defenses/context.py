@@ -18,6 +18,7 @@ from tapt.core.backbone import Backbone
 from tapt.core.losses import entropy, multi_view_entropy
 from tapt.core.prompts import ClassTexts, PromptConfig, Prompts, init_prompts
 from tapt.core.settings import Settings
+from tapt.core.tuning import TUNE_STEPS
 from tapt.defenses.features import similarity
 from tapt.defenses.surrogates import descended
 
@@ -30,7 +31,9 @@ class ContextSettings(Settings):
     """The step on the context vectors."""
 
     views: int = Field(64, ge=1, le=1024, description="the image and random crops of it")
-    steps: int = Field(1, ge=0, le=100, description="AdamW steps per image")
+    steps: int = Field(
+        1, ge=0, le=100, description="AdamW steps per image", json_schema_extra=TUNE_STEPS
+    )
     lr: float = Field(5e-3, ge=0, le=10, description="learning rate of the steps")
     weight_decay: float = Field(0.01, ge=0, le=10, description="of AdamW")
     augmix: bool = Field(False, description="AugMix on top of the crops, as outside ImageNet")

@@ -30,7 +30,14 @@ from tapt.core.settings import Settings
 from tapt.core.towers import encode_text
 from tapt.core.tuning import Progress, counted
 from tapt.core.views import random_view
-from tapt.defenses.base import Defense, ImageBatch, Prediction, PreparedDefense, register
+from tapt.defenses.base import (
+    Defense,
+    ImageBatch,
+    Prediction,
+    PreparedDefense,
+    images_per_pass,
+    register,
+)
 from tapt.defenses.changes import straight_through
 from tapt.defenses.features import encode_unit, similarity
 
@@ -169,7 +176,7 @@ class Dbd(PreparedDefense):
 
     @property
     def images_per_pass(self) -> int:  # type: ignore[override]
-        return max(1, 8192 // (VIEWS * self.clip.backbone.image_tokens))
+        return images_per_pass(self.clip.backbone, VIEWS)
 
     def logits(
         self,
@@ -216,5 +223,6 @@ register(
         DbdSettings,
         uses_prompts=False,
         paper="arXiv 2606.06186",
+        by_default=False,
     )
 )

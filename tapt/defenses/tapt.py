@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cached_property
 
 from pydantic import Field
 from torch import Tensor
 
 from tapt.core.clip import PromptedClip
-from tapt.core.prompts import Prompts, init_prompts, logits
-from tapt.core.tuning import Losses, Progress, TuneConfig, Tuned, images_per_pass, tune
-from tapt.defenses.base import Defense, ImageBatch, Prediction, PreparedDefense, Trace, register
+from tapt.core.losses import kept_views_count
+from tapt.core.prompts import init_prompts, logits
+from tapt.core.tuning import Losses, Progress, TuneConfig, Tuned, tune
+from tapt.defenses.base import (
+    Defense,
+    ImageBatch,
+    Prediction,
+    PreparedDefense,
+    Trace,
+    images_per_pass,
+    register,
+)
 from tapt.defenses.surrogates import smooth_step
 
 
@@ -32,19 +42,17 @@ class Tapt(PreparedDefense):
         super().__init__(clip, settings)
         if settings.random_start:
             start = init_prompts(clip.backbone, clip.prompts.config)
-            self.clip = PromptedClip(
-                clip.backbone,
-                start,
-                clip.statistics,
-                clip.classes,
-                clip.template,
-                clip.selection_model,
-            )
+            self.clip = replace(clip, prompts=start)
         self.surrogates = ("smooth step",) if settings.steps else ()
 
     @cached_property
     def images_per_pass(self) -> int:  # type: ignore[override]
-        return images_per_pass(self.clip.backbone, self.settings, self.clip.texts)
+        return images_per_pass(self.clip.backbone, self.attacked_views, self.clip.texts)
+
+    @property
+    def attacked_views(self) -> int:
+        """How many views per image an attacker's gradients pass."""
+        return kept_views_count(self.settings.views, self.settings.keep)
 
     def logits(
         self,
@@ -89,11 +97,6 @@ class Tapt(PreparedDefense):
 
         choices = [getattr(settings, name) for name in TuneConfig.model_fields]
         return batch.shared(("tuned", clip, after, *choices), make)
-
-    @property
-    def start(self) -> Prompts:
-        """The prompts that every image starts from."""
-        return self.clip.prompts
 
 
 def trace_of(tuned: Tuned) -> Trace:

@@ -5,7 +5,6 @@ Of this project; TAPT itself answers to the image alone.
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import Literal
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from tapt.core.losses import log_mean_probability
 from tapt.core.prompts import Prompts
-from tapt.core.tuning import Progress, images_per_pass
+from tapt.core.tuning import Progress
 from tapt.defenses.base import Defense, ImageBatch, Prediction, register
 from tapt.defenses.features import encode_unit, reliability, similarity, weighted
 from tapt.defenses.surrogates import smooth_tuning
@@ -37,11 +36,10 @@ class TaptEnsemble(Tapt):
 
     settings: TaptEnsembleSettings
 
-    @cached_property
-    def images_per_pass(self) -> int:  # type: ignore[override]
-        keep = 1.0 if self.settings.answer == "similar" else None
-        settings = self.settings.updated(keep=keep)
-        return images_per_pass(self.clip.backbone, settings, self.clip.texts)
+    @property
+    def attacked_views(self) -> int:
+        every = self.settings.answer == "similar"
+        return self.settings.views if every else super().attacked_views
 
     def logits(
         self,
@@ -95,5 +93,6 @@ register(
         TaptEnsemble,
         TaptEnsembleSettings,
         paper="arXiv 2411.13136",
+        by_default=False,
     )
 )

@@ -30,8 +30,16 @@ from torch import Tensor
 from tapt.core.clip import PromptedClip
 from tapt.core.losses import entropy, kept_views_count
 from tapt.core.prompts import DEFAULT_TEMPLATE, class_texts
-from tapt.core.tuning import Progress, TuneConfig, counted, images_per_pass
-from tapt.defenses.base import Defense, ImageBatch, Prediction, PreparedDefense, Trace, register
+from tapt.core.tuning import Progress, counted
+from tapt.defenses.base import (
+    Defense,
+    ImageBatch,
+    Prediction,
+    PreparedDefense,
+    Trace,
+    images_per_pass,
+    register,
+)
 from tapt.defenses.changes import augmix, slight_change
 from tapt.defenses.context import (
     CONTEXT,
@@ -81,8 +89,7 @@ class TextPrompts(PreparedDefense):
 
     @cached_property
     def images_per_pass(self) -> int:  # type: ignore[override]
-        config = TuneConfig(views=min(1024, self.attacked_views), keep=1.0)
-        return images_per_pass(self.clip.backbone, config, self.texts)
+        return images_per_pass(self.clip.backbone, self.attacked_views, self.texts)
 
     @property
     def attacked_views(self) -> int:
@@ -242,6 +249,7 @@ register(
         TptSettings,
         uses_prompts=False,
         paper="arXiv 2209.07511",
+        by_default=False,
     )
 )
 register(
@@ -253,6 +261,7 @@ register(
         RtptSettings,
         uses_prompts=False,
         paper="arXiv 2504.11195",
+        by_default=False,
     )
 )
 register(
@@ -264,5 +273,6 @@ register(
         SstptSettings,
         uses_prompts=False,
         paper="arXiv 2606.06943",
+        by_default=False,
     )
 )

@@ -26,7 +26,14 @@ from tapt.core.prompts import image_logits
 from tapt.core.settings import Settings
 from tapt.core.towers import encode_image
 from tapt.core.tuning import Progress, counted
-from tapt.defenses.base import Defense, ImageBatch, Prediction, PreparedDefense, register
+from tapt.defenses.base import (
+    Defense,
+    ImageBatch,
+    Prediction,
+    PreparedDefense,
+    images_per_pass,
+    register,
+)
 
 EPSILON: JsonDict = {"rule": "a number from 0 to 1", "fraction": True}
 SHOWN = 64  # pixels; a larger perturbation would swell the JSON
@@ -36,12 +43,26 @@ class TtcSettings(Settings):
     """The counter-attack, and when it is used."""
 
     epsilon: float = Field(
-        4 / 255, ge=0, le=1, description="L-inf radius of the answer", json_schema_extra=EPSILON
+        4 / 255,
+        ge=0,
+        le=1,
+        description="L-inf radius of the answer",
+        json_schema_extra=EPSILON | {"option": "ttc-epsilon"},
     )
     step_size: float = Field(
-        1 / 255, ge=0, le=1, description="of the steps", json_schema_extra=EPSILON
+        1 / 255,
+        ge=0,
+        le=1,
+        description="of the steps",
+        json_schema_extra=EPSILON | {"option": "ttc-step-size"},
     )
-    steps: int = Field(2, ge=0, le=100, description="sign steps per image")
+    steps: int = Field(
+        2,
+        ge=0,
+        le=100,
+        description="sign steps per image",
+        json_schema_extra={"option": "ttc-steps"},
+    )
     beta: float = Field(2.0, ge=0, le=100, description="how much later steps weigh more")
     tau_threshold: float = Field(
         0.2, ge=0, le=100, description="features that move more by noise are left to it"
@@ -131,7 +152,7 @@ class Ttc(PreparedDefense):
 
     @property
     def images_per_pass(self) -> int:  # type: ignore[override]
-        return max(1, 8192 // self.clip.backbone.image_tokens)
+        return images_per_pass(self.clip.backbone, 1)
 
     def logits(
         self,
@@ -186,5 +207,6 @@ register(
         TtcSettings,
         uses_prompts=False,
         paper="arXiv 2503.03613",
+        by_default=False,
     )
 )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import multiprocessing
 import statistics as numbers
 import time
@@ -17,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from tapt.core.backbone import Backbone
 from tapt.core.errors import InputError, TaptError
 from tapt.core.losses import Statistics, TokenStatistics
 from tapt.core.prompts import ClassTexts, PromptConfig, Prompts, class_texts, init_prompts
-from tapt.core.tuning import TuneConfig, encode_views, tune, views_per_pass
+from tapt.core.tuning import Clock, TuneConfig, encode_views, tune, views_per_pass
 from tapt.core.views import generators, make_views
 from tapt.evaluation.plain import plain_tune
 from tapt.model import Selection
@@ -84,22 +84,16 @@ def bench(
     for name, value in (("repeats", repeats), ("threads", threads)):
         if value is not None and value < 1:
             raise InputError(f"{name} must be at least 1, got {value}.")
-    jobs = []
     for design in designs:
         PromptConfig(design=design)
-        for count in classes:
-            if not 2 <= count <= 1000:
-                raise InputError(f"classes must be whole numbers from 2 to 1000, got {count}.")
-            jobs.append(Job(backbone, design, count, views, True, selection, threads, device))
-    return (_row(job, [_both(job) for _ in range(repeats)]) for job in jobs)
-
-
-Runs = list[tuple[dict[str, Any], dict[str, Any] | None]]
-
-
-def _both(job: Job) -> tuple[dict[str, Any], dict[str, Any] | None]:
-    fast = _in_process(job)
-    return fast, None if job.classes >= FAST_ALONE else _in_process(replace(job, fast=False))
+    for count in classes:
+        if not 2 <= count <= 1000:
+            raise InputError(f"classes must be whole numbers from 2 to 1000, got {count}.")
+    jobs = [
+        Job(backbone, design, count, views, True, selection, threads, device)
+        for design, count in product(designs, classes)
+    ]
+    return (_row(job, repeats) for job in jobs)
 
 
 def _in_process(job: Job) -> dict[str, Any]:
@@ -131,22 +125,22 @@ class Case:
 
     def fast(self) -> tuple[Tensor, dict[str, float]]:
         """Tuned logits (C,) and seconds per phase of the core's own path."""
-        view_logits, selecting = None, 0.0
+        view_logits, clock = None, Clock(self.backbone.device)
         if self.selection_model is not None:
-            began = time.perf_counter()
             text = self.texts.features(self.backbone, self.prompts)
             view_logits = encode_views(self.selection_model, self.prompts, self.views, text)
-            selecting = time.perf_counter() - began
+            clock.lap("select")
         parts = self.backbone, self.prompts, self.views, self.texts
         tuned = tune(
             *parts, statistics=self.statistics, config=self.config, view_logits=view_logits
         )
-        return tuned.logits[0], {**tuned.seconds, "select": tuned.seconds["select"] + selecting}
+        tuned.seconds["select"] += clock.seconds.get("select", 0.0)
+        return tuned.logits[0], tuned.seconds
 
 
 def measure(job: Job) -> dict[str, Any]:
     """Tunes one random image and reports seconds per phase, bytes, and the tuned logits."""
-    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES
+    from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES as NAMES
 
     if job.threads:
         torch.set_num_threads(job.threads)
@@ -154,12 +148,11 @@ def measure(job: Job) -> dict[str, Any]:
     depth = min(9, backbone.visual_blocks, backbone.text_blocks)
     prompts = init_prompts(backbone, PromptConfig(design=job.design, tokens=2, visual_depth=depth))
     began = time.perf_counter()
-    classes = list(IMAGENET_CLASSNAMES[: job.classes])
-    texts = class_texts(backbone, classes, prompts.config, cut=job.fast)
+    texts = class_texts(backbone, NAMES[: job.classes], prompts.config, cut=job.fast)
     class_list = time.perf_counter() - began
     statistics = random_statistics(backbone, prompts)
-    coarse = backbone.in_bfloat16() if job.fast and job.selection == "bfloat16" else None
-    speed = matrix_speed(backbone)
+    selection = backbone.in_bfloat16() if job.fast and job.selection == "bfloat16" else None
+    speed = matrix_speed(backbone, SPEED_SECONDS)
 
     memory = Memory(backbone.device)
     began = time.perf_counter()
@@ -168,7 +161,7 @@ def measure(job: Job) -> dict[str, Any]:
     views = make_views(image.to(backbone.device), job.views, generator=generator)[None]
     making = time.perf_counter() - began
     config = TuneConfig(views=job.views)
-    case = Case(backbone, prompts, views, texts, statistics, config, coarse)
+    case = Case(backbone, prompts, views, texts, statistics, config, selection)
     parts = backbone, prompts, views[0], texts.tokens, statistics, config
     logits, seconds = case.fast() if job.fast else plain_tune(*parts)
     total, peak = time.perf_counter() - began, memory.peak()
@@ -178,7 +171,7 @@ def measure(job: Job) -> dict[str, Any]:
         "class_list": class_list,
         "peak": peak,
         "above_model": max(0, peak - memory.start),
-        "flop_per_second": numbers.mean((speed, matrix_speed(backbone))),
+        "flop_per_second": numbers.mean((speed, matrix_speed(backbone, SPEED_SECONDS))),
         "logits": logits.tolist(),
         "depth": depth,
         "threads": torch.get_num_threads(),
@@ -190,12 +183,12 @@ def measure(job: Job) -> dict[str, Any]:
 def random_statistics(backbone: Backbone, prompts: Prompts) -> Statistics:
     """Numbers in [0, 1) instead of statistics, on the backbone's device."""
     (generator,) = generators([1])
-    shapes = statistics_shapes(backbone, prompts.config).values()
+    shapes = statistics_shapes(backbone.architecture, prompts.config).values()
     values = [torch.rand(s, generator=generator, device="cpu").to(backbone.device) for s in shapes]
     return Statistics(TokenStatistics(*values[:2]), TokenStatistics(*values[2:]))
 
 
-def matrix_speed(backbone: Backbone, seconds: float | None = None) -> float:
+def matrix_speed(backbone: Backbone, seconds: float) -> float:
     """FLOP/s of float32 matrix products in the shapes of the model's own image blocks."""
     width, device = backbone.visual_width, backbone.device
     rows = views_per_pass(backbone) * backbone.image_tokens
@@ -203,18 +196,13 @@ def matrix_speed(backbone: Backbone, seconds: float | None = None) -> float:
     pairs = [
         (torch.rand(rows, i, device=device), torch.rand(i, o, device=device)) for i, o in shapes
     ]
-    limit = SPEED_SECONDS if seconds is None else seconds
-    rounds, elapsed, began = -1, 0.0, 0.0
-    while elapsed < limit:  # the first round warms up
+    clock, rounds = Clock(device), 0
+    while clock.seconds.get("products", 0.0) < seconds:
         for left, right in pairs:
             left @ right
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        clock.lap("products" if rounds else "warm-up")
         rounds += 1
-        if rounds == 0:
-            began = time.perf_counter()
-        elapsed = time.perf_counter() - began if rounds else 0.0
-    return sum(2 * rows * i * o for i, o in shapes) * rounds / elapsed
+    return sum(2 * rows * i * o for i, o in shapes) * (rounds - 1) / clock.seconds["products"]
 
 
 def method_flop(case: Case) -> int:
@@ -222,17 +210,13 @@ def method_flop(case: Case) -> int:
 
     The backbone of `case` is moved to the meta device and cannot be used afterwards.
     """
-    fixed = case.texts.fixed
+    tokens, fixed = case.texts.tokens.to("meta"), case.texts.fixed
     empty = replace(
         case,
         backbone=replace(case.backbone, model=case.backbone.model.to("meta")),
         prompts=case.prompts.map(lambda t: t.to("meta")),
         views=case.views.to("meta"),
-        texts=replace(
-            case.texts,
-            tokens=case.texts.tokens.to("meta"),
-            fixed=None if fixed is None else fixed.to("meta"),
-        ),
+        texts=replace(case.texts, tokens=tokens, fixed=None if fixed is None else fixed.to("meta")),
         selection_model=None,
     )
     with FlopCounterMode(display=False) as counter:
@@ -263,20 +247,22 @@ class Memory:
         return 0
 
 
-def _row(job: Job, runs: Runs) -> dict[str, Any]:
+def _row(job: Job, repeats: int) -> dict[str, Any]:
     """Medians over the repeats; ratios are taken within one repeat."""
-    fast, slow = [f for f, _ in runs], [s for _, s in runs if s is not None]
-    floor = [f["total"] * f["flop_per_second"] / f["flop"] for f in fast]
+    fast, slow = [], []
+    for _ in range(repeats):
+        fast.append(_in_process(job))
+        if job.classes < FAST_ALONE:
+            slow.append(_in_process(replace(job, fast=False)))
     return {
-        **{key: getattr(job, key) for key in ("backbone", "design", "classes", "views")},
-        **{key: fast[0][key] for key in ("device", "threads", "depth", "flop")},
-        "selection": job.selection,
-        "repeats": len(runs),
+        **{k: getattr(job, k) for k in ("backbone", "design", "classes", "views", "selection")},
+        **{k: fast[0][k] for k in ("device", "threads", "depth", "flop")},
+        "repeats": repeats,
         "fast": _medians(fast),
         "straightforward": _medians(slow) if slow else None,
         "ratios": _ratios(fast, slow) if slow else None,
         "flop_per_second": numbers.median(r["flop_per_second"] for r in fast + slow),
-        "times_floor": numbers.median(floor),
+        "times_floor": numbers.median(f["total"] * f["flop_per_second"] / f["flop"] for f in fast),
     }
 
 
@@ -286,14 +272,12 @@ def _medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _ratios(fast: Sequence[dict[str, Any]], slow: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    pairs, ratios = list(zip(fast, slow, strict=True)), dict[str, Any]()
+    ratios = dict[str, Any]()
     for name, key in RATIOS.items():
-        values = [s[key] / f[key] for f, s in pairs if f[key]]
+        values = [s[key] / f[key] for f, s in zip(fast, slow, strict=True) if f[key]]
         ratios[name] = numbers.median(values) if values else None
-    logits = (zip(f["logits"], s["logits"], strict=True) for f, s in pairs)
-    differences = [abs(a - b) for both in logits for a, b in both]
-    nan = any(map(math.isnan, differences))
-    return {**ratios, "largest_difference": math.nan if nan else max(differences)}
+    one, other = (torch.tensor([run["logits"] for run in runs]) for runs in (fast, slow))
+    return {**ratios, "largest_difference": float((one - other).abs().max())}  # NaN stays NaN
 
 
 def mistakes(rows: Sequence[dict[str, Any]]) -> list[str]:

@@ -24,7 +24,6 @@ from tapt.model import Model, attack_batch, timed
 
 AGREEMENT_IMAGES = 500
 DEPLOYED = "deployed"
-Answers = tuple[dict[str, Tensor], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,8 @@ def make_conditions(
 ) -> list[Condition]:
     """Clean images first, then every attack on every attacked model; on `deployed` each defence
     is attacked for itself."""
-    conditions = {Condition(None, None, ()).key(""): [Condition(None, None, tuple(defenses))]}
+    clean = Condition(None, None, tuple(defenses))
+    conditions = {clean.key(""): [clean]}
     for model in dict.fromkeys(attacked):
         for attack in attacks:
             rows = [(name,) for name in defenses] if model == DEPLOYED else [tuple(defenses)]
@@ -91,17 +91,18 @@ class Evaluator:
         preprocess = self.model.backbone.preprocess
         return torch.stack([preprocess(self.data.read(i)) for i in images])
 
+    def batch(self, images: Sequence[int]) -> ImageBatch:
+        """The images as they are, for the defences."""
+        pixels = self.model.floats(self.pixels(images))
+        return ImageBatch(pixels, image_seeds(self.seed, images))
+
     def outcomes(
-        self,
-        condition: Condition,
-        images: Sequence[int],
-        tick: Callable[[], None] = lambda: None,
+        self, condition: Condition, images: Sequence[int], tick: Callable[[], None] = lambda: None
     ) -> list[Outcome]:
         """The outcome of each image; `tick` is called often and may raise to stop."""
         pixels = shown = self.pixels(images)
         labels = torch.tensor([self.data.labels[i] for i in images], device="cpu")
         began = time.perf_counter()
-        deployed = condition.attacked_model == DEPLOYED
         if condition.attack is not None:
             shown = attack_batch(
                 self.clip,
@@ -109,14 +110,13 @@ class Evaluator:
                 pixels,
                 labels,
                 condition.attack,
-                prepared=self.defenses[condition.defenses[0]] if deployed else None,
+                prepared=self._deployed(condition),
                 draws=self.draws,
                 images=images,
                 on_progress=lambda done, total: tick(),
             )
         spent = (time.perf_counter() - began) / len(images)
-        ask_them = self._scored if deployed else self._answers
-        answers, seconds = ask_them(condition.defenses, shown, image_seeds(self.seed, images), tick)
+        answers, seconds = self._answers(condition, shown, image_seeds(self.seed, images), tick)
         right = {name: (a == labels).float().mean(0).tolist() for name, a in answers.items()}
         largest, sizes = linf_255(shown, pixels).tolist(), l2_norm(shown, pixels).tolist()
         return [
@@ -136,38 +136,39 @@ class Evaluator:
             for i, image in enumerate(images)
         ]
 
+    def _deployed(self, condition: Condition) -> PreparedDefense | None:
+        """The defence that is attacked as deployed, where one is."""
+        return (
+            self.defenses[condition.defenses[0]] if condition.attacked_model == DEPLOYED else None
+        )
+
     def _budget(self, condition: Condition) -> str:
-        attack, prepared = condition.attack, self.defenses[condition.defenses[0]]
+        attack, deployed = condition.attack, self._deployed(condition)
         if attack is None:
             return ""
-        if condition.attacked_model != DEPLOYED or not prepared.randomised:
+        if deployed is None or not deployed.randomised:
             return attack.budget
         draws = self.draws if attack.method.gradients else 1
-        others = " and ".join(filter(None, variants(prepared, attack)))
+        others = " and ".join(filter(None, variants(deployed, attack)))
         stronger = f", stronger of BPDA and {others}" if others else ""
         return f"{attack.budget}, EOT {draws}{stronger}, scored on {self.score_draws} fresh draws"
 
-    def _scored(
-        self, names: Sequence[str], pixels: Tensor, seeds: Sequence[int], tick: Callable[[], None]
-    ) -> Answers:
-        """Answers over draws that neither the attack nor its choice knows, (draws, N)."""
-        (name,), began = names, time.perf_counter()
-        draws = self.score_draws if self.defenses[name].randomised else 1
-        probabilities = ask(self.defenses[name], pixels, seeds, "score", draws, tick=tick)
-        spent = (time.perf_counter() - began) / len(pixels) / draws
-        return {name: probabilities.argmax(-1)}, {name: spent}
-
     def _answers(
-        self, names: Sequence[str], pixels: Tensor, seeds: Sequence[int], tick: Callable[[], None]
-    ) -> Answers:
-        """One answer each, (1, N), and the seconds per image that each defence takes alone."""
+        self, condition: Condition, pixels: Tensor, seeds: Sequence[int], tick: Callable[[], None]
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
+        """Answers (draws, N), and the seconds per image that each defence takes alone. A deployed
+        one answers over draws that neither the attack nor its choice knows."""
         batch, answers, seconds = ImageBatch(self.model.floats(pixels), seeds), {}, {}
-        for name in names:
-            prediction, spent = timed(
-                self.defenses[name], batch, self.model, lambda done, total: tick()
-            )
-            answers[name] = prediction.probabilities.argmax(-1)[None]
-            seconds[name] = spent / len(pixels)
+        for name in condition.defenses:
+            prepared, began = self.defenses[name], time.perf_counter()
+            if self._deployed(condition):
+                draws = self.score_draws if prepared.randomised else 1
+                probabilities = ask(prepared, pixels, seeds, "score", draws, tick=tick)
+                spent = (time.perf_counter() - began) / draws
+            else:
+                prediction, spent = timed(prepared, batch, self.model, lambda *_: tick())
+                probabilities = prediction.probabilities[None]
+            answers[name], seconds[name] = probabilities.argmax(-1), spent / len(pixels)
         return answers, seconds
 
 
@@ -192,24 +193,23 @@ def selection_agreement(
     batches = [range(start, min(n, start + batch_size)) for start in range(0, n, batch_size)]
     entries = []
     for name in (name for name, prepared in chosen.defenses.items() if prepared.randomised):
-        same, largest, seconds = 0, 0.0, [0.0, 0.0]
-        for images in batches:
-            floats, both = chosen.model.floats(chosen.pixels(images)), []
-            for i, evaluator in enumerate((chosen, exact)):
-                batch = ImageBatch(floats, image_seeds(chosen.seed, images))
-                prediction, spent = timed(evaluator.defenses[name], batch, chosen.model)
-                both.append(prediction.probabilities)
-                seconds[i] += spent / n
-            same += int((both[0].argmax(-1) == both[1].argmax(-1)).sum())
-            largest = max(largest, float((both[0] - both[1]).abs().max()))
+        both, seconds = [], []
+        for evaluator in (chosen, exact):
+            answers = [
+                timed(evaluator.defenses[name], evaluator.batch(images), chosen.model)
+                for images in batches
+            ]
+            both.append(torch.cat([prediction.probabilities for prediction, _ in answers]))
+            seconds.append(sum(spent for _, spent in answers) / n)
+        same = both[0].argmax(-1) == both[1].argmax(-1)
         entries.append(
             {
                 "dataset": chosen.data.name,
                 "defense": name,
                 "n": n,
-                "top1_agreement": same / n,
-                "largest_probability_difference": largest,
-                "seconds_per_image": {"bfloat16": seconds[0], "float32": seconds[1]},
+                "top1_agreement": int(same.sum()) / n,
+                "largest_probability_difference": float((both[0] - both[1]).abs().max()),
+                "seconds_per_image": dict(zip(("bfloat16", "float32"), seconds, strict=True)),
             }
         )
     return entries

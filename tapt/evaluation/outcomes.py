@@ -80,29 +80,20 @@ def read_outcomes(path: Path) -> list[Outcome]:
     Raises:
         InputError: the file cannot be read, or a line is whole and something else.
     """
-    outcomes = []
-    for number, record in _records(path):
-        try:
-            outcomes.append(Outcome.model_validate(record))
-        except ValidationError as error:
-            raise InputError(
-                f"{path.name} is damaged in line {number}: {sentence(error, Outcome)}."
-            ) from error
-    return outcomes
-
-
-def _records(path: Path) -> Iterable[tuple[int, Any]]:
     try:
         lines = path.read_bytes().splitlines() if path.exists() else []
     except OSError as error:
         raise InputError(f"{path.name} cannot be read: {describe(error)}.") from error
+    outcomes = []
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(record, dict):
-            yield number, record
+            outcomes.append(Outcome.model_validate_json(line))
+        except ValidationError as error:
+            if error.errors()[0]["type"] != "json_invalid":
+                raise InputError(
+                    f"{path.name} is damaged in line {number}: {sentence(error, Outcome)}."
+                ) from error
+    return outcomes
 
 
 def to_lines(outcomes: Sequence[Outcome]) -> bytes:
@@ -148,12 +139,30 @@ class Outcomes:
 
     def rows(self) -> list[dict[str, Any]]:
         """One row per set, defence and attack, and the worst case over the attacks."""
-        rows = [
-            self._row(condition, defense, images)
-            for condition in self._attacked()
-            for defense, images in self.cells[condition].items()
-        ]
-        return rows + self._worst()
+        rows = []
+        groups: dict[Key, dict[Key, dict[int, Outcome]]] = defaultdict(dict)
+        for condition, cell in self.cells.items():
+            dataset, attacked_model, _, epsilon, _ = condition
+            if attacked_model is None:
+                continue
+            for defense, images in cell.items():
+                rows.append(self._row(condition, defense, images))
+                if epsilon is not None:
+                    groups[dataset, epsilon, defense][condition] = images
+        for (dataset, epsilon, defense), cells in groups.items():
+            common = set.intersection(*(set(images) for images in cells.values()))
+            if len(cells) > 1 and common:
+                worst = {
+                    i: min((images[i] for images in cells.values()), key=lambda o: o.right[defense])
+                    for i in sorted(common)
+                }
+                row = self._row((dataset, "all", "worst", epsilon, None), defense, worst)
+                budgets = [
+                    f"{attack} on {model} ({next(iter(images.values())).budget})"
+                    for (_, model, attack, _, _), images in cells.items()
+                ]
+                rows.append({**row, "budget": "; ".join(budgets)})
+        return rows
 
     def paired(self) -> list[dict[str, Any]]:
         """Differences between defences on the same images, under every condition; a defence is
@@ -161,11 +170,8 @@ class Outcomes:
         rows = []
         for condition, cell in self.cells.items():
             for a, b in combinations(cell, 2):
-                pairs = [
-                    (cell[a][i].right[a] >= 0.5, cell[b][i].right[b] >= 0.5)
-                    for i in cell[a]
-                    if i in cell[b]
-                ]
+                common = cell[a].keys() & cell[b].keys()
+                pairs = [(cell[a][i].right[a] >= 0.5, cell[b][i].right[b] >= 0.5) for i in common]
                 only_a, only_b = pairs.count((True, False)), pairs.count((False, True))
                 rows.append(
                     {
@@ -181,65 +187,27 @@ class Outcomes:
                 )
         return rows
 
-    def _attacked(self) -> list[Key]:
-        return [condition for condition in self.cells if condition[1] is not None]
-
-    def _row(
-        self,
-        condition: Key,
-        defense: str,
-        images: Mapping[int, Outcome],
-        budget: str | None = None,
-    ) -> dict[str, Any]:
+    def _row(self, condition: Key, defense: str, images: Mapping[int, Outcome]) -> dict[str, Any]:
         every = self.cells.get((condition[0], None, None, None, None), {}).get(defense, {})
-        clean = [every[i].right[defense] for i in images if i in every]
+        clean = {i: every[i].right[defense] for i in images if i in every}
         shares = {i: outcome.right[defense] for i, outcome in images.items()}
-        right, n = sum(shares.values()), len(images)
+        n = len(images)
         row = {
             **dict(zip(CONDITION, condition, strict=True)),
             "defense": defense,
             "n": n,
-            "clean_accuracy": sum(clean) / max(1, len(clean)),
-            "clean_ci95": list(wilson(sum(clean), len(clean))),
-            "accuracy": right / n,
-            "ci95": list(wilson(right, n)),
-            "budget": budget or next(iter(images.values())).budget,
+            "clean_accuracy": sum(clean.values()) / max(1, len(clean)),
+            "clean_ci95": list(wilson(sum(clean.values()), len(clean))),
+            "accuracy": sum(shares.values()) / n,
+            "ci95": list(wilson(sum(shares.values()), n)),
+            "budget": next(iter(images.values())).budget,
             "seconds_per_image": sum(o.seconds[defense] for o in images.values()) / n,
             "attack_seconds_per_image": sum(o.attack_seconds for o in images.values()) / n,
         }
-        if condition[3] is None:  # an attack without epsilon counts by its size
-            fooled = [
-                images[i].l2
-                for i, share in shares.items()
-                if share < 0.5 and (i not in every or every[i].right[defense] >= 0.5)
-            ]
-            row["l2_median"] = median(fooled) if fooled else None
+        if row["epsilon_255"] is None:  # an attack without epsilon counts by its size
+            fooled = [i for i, share in shares.items() if share < 0.5 <= clean.get(i, 1)]
+            row["l2_median"] = median(images[i].l2 for i in fooled) if fooled else None
         return row
-
-    def _worst(self) -> list[dict[str, Any]]:
-        groups: dict[Key, list[Key]] = defaultdict(list)
-        for condition in self._attacked():
-            dataset, _, _, epsilon, _ = condition
-            for defense in self.cells[condition]:
-                if epsilon is not None:
-                    groups[dataset, epsilon, defense].append(condition)
-        rows = []
-        for (dataset, epsilon, defense), conditions in groups.items():
-            cells = [self.cells[condition][defense] for condition in conditions]
-            common = sorted(set.intersection(*(set(images) for images in cells)))
-            if len(conditions) < 2 or not common:
-                continue
-            worst = {
-                i: min((images[i] for images in cells), key=lambda o: o.right[defense])
-                for i in common
-            }
-            budget = "; ".join(
-                f"{condition[2]} on {condition[1]} ({next(iter(cell.values())).budget})"
-                for condition, cell in zip(conditions, cells, strict=True)
-            )
-            condition = (dataset, "all", "worst", epsilon, None)
-            rows.append(self._row(condition, defense, worst, budget))
-        return rows
 
 
 def averages(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -6,7 +6,6 @@ towers with `tapt.core` and nothing of its tuning, and so checks it.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 import torch
@@ -17,7 +16,7 @@ from tapt.core.backbone import Backbone
 from tapt.core.losses import Statistics
 from tapt.core.prompts import Prompts
 from tapt.core.towers import encode_image, encode_text
-from tapt.core.tuning import TuneConfig
+from tapt.core.tuning import Clock, TuneConfig
 
 
 def plain_tune(
@@ -36,7 +35,7 @@ def plain_tune(
     design, depth = prompts.config, prompts.config.visual_depth
     tensors = {name: t.clone().requires_grad_() for name, t in prompts.tensors.items()}
     moments = {name: [torch.zeros_like(t), torch.zeros_like(t)] for name, t in tensors.items()}
-    current, clock = Prompts(design, tensors), _Clock(backbone)
+    current, clock = Prompts(design, tensors), Clock(backbone.device)
 
     def encode_classes() -> Tensor:
         return normalize(encode_text(backbone, tokens, current.text()), dim=-1)
@@ -82,17 +81,3 @@ def _adamw(
     moments[1] = b2 * moments[1] + (1 - b2) * gradient**2
     first, second = moments[0] / (1 - b1**step), moments[1] / (1 - b2**step)
     value.mul_(1 - lr * config.weight_decay).sub_(lr * first / (second.sqrt() + config.eps))
-
-
-class _Clock:
-    """Seconds between the laps, by phase."""
-
-    def __init__(self, backbone: Backbone) -> None:
-        self.device, self.seconds = backbone.device, dict[str, float]()
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        before, self._last = self._last, time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + self._last - before

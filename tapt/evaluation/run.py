@@ -13,6 +13,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import product
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from tapt.comparison import versions
 from tapt.core.attacks import Attack
 from tapt.core.errors import InputError
 from tapt.data import LabelledImages, digest, load_data
-from tapt.defenses import find_defenses
+from tapt.defenses import all_defenses, find_defenses
 from tapt.evaluation.evaluator import (
     Condition,
     Evaluator,
@@ -106,8 +107,10 @@ def evaluate(
     state = start_processes(model.backbone.device.type)
     names = [row.name for row in find_defenses(defenses)]
     counts = {"limit": limit, "draws": draws, "score_draws": score_draws, "batch_size": batch_size}
-    attacks = _checked(attacks, attacked, counts, seed)
     attacked = [attacked] if isinstance(attacked, str) else attacked
+    attacks = [attacks] if isinstance(attacks, Attack) else attacks
+    attacks = [attack.updated(seed=seed) for attack in attacks]
+    _check(attacks, attacked, counts)
     if out is None and state.num_processes > 1:
         raise InputError("Several processes need a folder for their results: give out.")
     store = Store(None if out is None else check_output(out, folder=True), state)
@@ -123,8 +126,8 @@ def evaluate(
     evaluators = [evaluator(labelled, selection) for labelled in sets]
     size = batch_size or min(map(default_batch_size, evaluators))
     described = _describe(model, sets, settings)
-    described |= {**counts, "seed": seed, "selection": selection}
-    del described["batch_size"]
+    described |= {"limit": limit, "draws": draws, "score_draws": score_draws}
+    described |= {"seed": seed, "selection": selection}
     store.open(described)
     conditions = make_conditions(attacks, attacked, names)
     jobs = _jobs(evaluators, conditions, Outcomes(store.read()), size)
@@ -146,17 +149,12 @@ def evaluate(
 Job = tuple[Evaluator, Condition, list[int]]
 
 
-def _checked(
-    attacks: Attack | Sequence[Attack],
-    attacked: str | Sequence[str],
-    counts: Mapping[str, int | None],
-    seed: int,
-) -> list[Attack]:
-    attacks = [attacks] if isinstance(attacks, Attack) else list(attacks)
-    models = [attacked] if isinstance(attacked, str) else attacked
-    if not attacks or not models:
+def _check(
+    attacks: Sequence[Attack], attacked: Sequence[str], counts: Mapping[str, int | None]
+) -> None:
+    if not attacks or not attacked:
         raise InputError("Give at least one attack and one attacked model.")
-    for name in models:
+    for name in attacked:
         if name not in ATTACKED_MODELS:
             raise InputError(
                 f"Attacked model {name!r} is unknown; choose from {', '.join(ATTACKED_MODELS)}."
@@ -170,7 +168,6 @@ def _checked(
     for name, count in counts.items():
         if count is not None and count < 1:
             raise InputError(f"{name} must be at least 1, got {count}.")
-    return [attack.updated(seed=seed) for attack in attacks]
 
 
 def _open(data: Source | Sequence[Source], limit: int | None, seed: int) -> list[LabelledImages]:
@@ -184,25 +181,16 @@ def _open(data: Source | Sequence[Source], limit: int | None, seed: int) -> list
 
 
 def _jobs(
-    evaluators: Sequence[Evaluator],
-    conditions: Sequence[Condition],
-    known: Outcomes,
-    size: int,
+    evaluators: Sequence[Evaluator], conditions: Sequence[Condition], known: Outcomes, size: int
 ) -> list[Job]:
     """What is not there yet, cut into batches."""
     jobs = []
-    for evaluator in evaluators:
-        for condition in conditions:
-            has = partial(known.has, condition.key(evaluator.data.name))
-            left = [
-                i
-                for i in range(len(evaluator.data))
-                if not all(has(name, i) for name in condition.defenses)
-            ]
-            jobs += [
-                (evaluator, condition, left[start : start + size])
-                for start in range(0, len(left), size)
-            ]
+    for evaluator, condition in product(evaluators, conditions):
+        key, names = condition.key(evaluator.data.name), condition.defenses
+        images = range(len(evaluator.data))
+        left = [i for i in images if not all(known.has(key, name, i) for name in names)]
+        batches = (left[start : start + size] for start in range(0, len(left), size))
+        jobs += [(evaluator, condition, batch) for batch in batches]
     return jobs
 
 
@@ -219,14 +207,15 @@ def _describe(model: Model, sets: Sequence[LabelledImages], settings: Changes) -
     """What two runs into one folder must share, and where they ran. Attacked models, attacks and
     defences are not among it: a folder may collect several."""
     pack = model.pack
-    content = hashlib.sha256()
-    for name, tensor in sorted(pack.prompts.tensors.items()):
-        content.update(name.encode() + tensor.cpu().numpy().tobytes())
+    tensors = sorted(pack.prompts.tensors.items())
     if pack.statistics is not None:
-        for part in (pack.statistics.adversarial, pack.statistics.clean):
-            content.update(part.mean.cpu().numpy().tobytes() + part.var.cpu().numpy().tobytes())
+        parts = (pack.statistics.adversarial, pack.statistics.clean)
+        tensors += [("", tensor) for part in parts for tensor in (part.mean, part.var)]
+    content = hashlib.sha256()
+    for name, tensor in tensors:
+        content.update(name.encode() + tensor.cpu().numpy().tobytes())
     test_time = {
-        row.name: model.settings(row, settings).model_dump(mode="json") for row in find_defenses()
+        row.name: model.settings(row, settings).model_dump(mode="json") for row in all_defenses()
     }
     return {
         "data": [data.name for data in sets],
@@ -254,6 +243,5 @@ def _changes(model: Model, evaluator: Evaluator, selection: Selection) -> dict[s
         changed = {name: value for name, value in used.items() if own[name] != value}
         if selection != "float32" and used:
             changed["selection"] = selection
-        if changed:
-            changes[row.name] = {"settings": changed}
+        changes[row.name] = {"settings": changed} if changed else {}
     return changes

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,10 +17,10 @@ from torch import Tensor
 import tapt
 from tapt.core.attacks import METHODS, Attack, attack_images, linf_255
 from tapt.core.clip import Classifier, PromptedClip
-from tapt.core.errors import InputError
-from tapt.core.images import open_image, to_float
+from tapt.core.images import to_float
 from tapt.core.views import generators, image_seeds, random_view
 from tapt.data import LabelledImages, benchmarks
+from tapt.data.pictures import open_image
 from tapt.defenses import ImageBatch, PreparedDefense, find_defenses
 from tapt.defenses.deployed import Deployed, ask, attack_deployed
 from tapt.model import VICTIM, Model
@@ -29,7 +28,6 @@ from tapt.model import VICTIM, Model
 EXAMPLES = Path(tapt.__file__).with_name("examples")
 IMAGES, FEW, DRAWS = 16, 4, 4
 LARGE, MIDDLE, SMALL = 128 / 255, 8 / 255, 1 / 255
-FIXED = ("clip", "static")
 FEWER_VIEWS = {"views": 16, "keep": 0.25}  # it is the harness that is checked, not the defence
 
 
@@ -46,25 +44,20 @@ class Lab:
     attack: Callable[..., Tensor] = attack_images
     deployed: Callable[..., Tensor] = attack_deployed
 
-    def classifier(self, model: str) -> Classifier:
-        """A fixed model, as an attack sees it."""
-        return {"clip": self.clip.vanilla, "static": self.clip.static}[model]
-
     @torch.no_grad()
-    def answers(self, model: str, pixels: Tensor | None = None) -> Tensor:
+    def answers(self, model: Classifier, pixels: Tensor) -> Tensor:
         """What a fixed model answers, (N,)."""
-        pixels = self.pixels if pixels is None else pixels
         images = to_float(pixels.to(self.clip.backbone.device), self.clip.backbone.dtype)
-        return self.classifier(model)(images).argmax(-1).cpu()
+        return model(images).argmax(-1).cpu()
 
-    def attacked(self, model: str, attack: Attack) -> Tensor:
+    def attacked(self, model: Classifier, attack: Attack) -> Tensor:
         """White-box on a fixed model, uint8 (N, 3, S, S)."""
-        return self.attack(self.classifier(model), self.pixels, self.answers(model), attack)
+        return self.attack(model, self.pixels, self.answers(model, self.pixels), attack)
 
-    def accuracy(self, model: str, attack: Attack) -> float:
+    def accuracy(self, model: Classifier, attack: Attack) -> float:
         """Share of the answers of a fixed model that a white-box attack leaves."""
-        kept = self.answers(model, self.attacked(model, attack)) == self.answers(model)
-        return float(kept.float().mean())
+        attacked = self.answers(model, self.attacked(model, attack))
+        return float((attacked == self.answers(model, self.pixels)).float().mean())
 
     def deployed_accuracy(self, name: str, attack: Attack, draws: int = 1) -> float:
         """The same on the first few images for a defence as it is deployed, over fresh draws."""
@@ -81,7 +74,8 @@ Verdict = tuple[bool, str]
 
 def large_epsilon(lab: Lab) -> Verdict:
     """A large epsilon leaves no model right."""
-    left = {model: lab.accuracy(model, Attack("pgd", LARGE, 20)) for model in FIXED}
+    fixed = {"clip": lab.clip.vanilla, "static": lab.clip.static}
+    left = {name: lab.accuracy(model, Attack("pgd", LARGE, 20)) for name, model in fixed.items()}
     if max(left.values()) <= 0.1:  # the deployed ones take longer
         for name, prepared in lab.defenses.items():
             if prepared.randomised:
@@ -91,7 +85,7 @@ def large_epsilon(lab: Lab) -> Verdict:
 
 def more_steps(lab: Lab) -> Verdict:
     """More attack steps never help the defender."""
-    left = {n: lab.accuracy("static", Attack("pgd", SMALL, n)) for n in (1, 5, 20, 50)}
+    left = {n: lab.accuracy(lab.clip.static, Attack("pgd", SMALL, n)) for n in (1, 5, 20, 50)}
     values, noise = list(left.values()), max(0.05, 1.5 / len(lab.pixels))
     never = all(more <= fewer + noise for fewer, more in itertools.pairwise(values))
     return never, _percent({f"{n} steps": value for n, value in left.items()})
@@ -101,7 +95,7 @@ def rounding(lab: Lab) -> Verdict:
     """Every attacked image, rounded to 8 bits, is within epsilon and reaches it on both sides."""
     wrong, few = [], replace(lab, pixels=lab.pixels[:FEW])
     for name in (name for name, row in METHODS.items() if row.norm == "Linf"):
-        attacked = few.attacked("static", Attack(name, 3 / 255, 2))
+        attacked = few.attacked(lab.clip.static, Attack(name, 3 / 255, 2))
         if attacked.dtype != torch.uint8 or linf_255(attacked, few.pixels).max() > 3:
             wrong.append(f"{name} leaves the ball")
         change = attacked.int() - few.pixels.int()
@@ -112,7 +106,8 @@ def rounding(lab: Lab) -> Verdict:
 
 def autoattack(lab: Lab) -> Verdict:
     """AutoAttack is at least as strong as PGD on the static prompts, within 2 points."""
-    left = {name: lab.accuracy("static", Attack(name, SMALL, 10)) for name in ("pgd", "autoattack")}
+    names = ("pgd", "autoattack")
+    left = {name: lab.accuracy(lab.clip.static, Attack(name, SMALL, 10)) for name in names}
     return left["autoattack"] <= left["pgd"] + 0.02, _percent(left)
 
 
@@ -137,8 +132,7 @@ def same_model(lab: Lab) -> Verdict:
         scored = row.prepare(fresh, prepared.settings).predict(ImageBatch(images, [first]))
         with torch.no_grad():
             attacked = Deployed(prepared, generators([seed]))(images)
-        difference = (attacked.exp().cpu() - scored.probabilities).abs().max()
-        farthest[row.name] = float(difference)
+        farthest[row.name] = float((attacked.exp().cpu() - scored.probabilities).abs().max())
     shown = ", ".join(f"{name} {value:.1g}" for name, value in farthest.items())
     exact = backbone.dtype == torch.float32
     return exact and max(farthest.values()) < 1e-3, f"largest difference of a probability: {shown}"
@@ -167,11 +161,8 @@ BROKEN = {"does nothing": _nothing, "goes the wrong way": _wrong_way, "rounds do
 def broken_attack(lab: Lab) -> Verdict:
     """An attack that is broken on purpose is caught."""
     few = replace(lab, pixels=lab.pixels[:FEW])
-    missed = [
-        name
-        for name, attack in BROKEN.items()
-        if all(rule(replace(few, attack=attack))[0] for rule in (rounding, large_epsilon))
-    ]
+    labs = {name: replace(few, attack=attack) for name, attack in BROKEN.items()}
+    missed = [name for name, each in labs.items() if rounding(each)[0] and large_epsilon(each)[0]]
     return not missed, f"missed: {', '.join(missed)}" if missed else f"{len(BROKEN)} caught"
 
 
@@ -186,39 +177,26 @@ def selfcheck(
 
     data: some of its images and its classes, instead of crops of the example pictures.
     """
-    yield from check(make_lab(model, data))
-
-
-def make_lab(model: Model, data: LabelledImages | None = None, count: int = IMAGES) -> Lab:
-    """The harness on `count` images at most."""
     if data is None:
         clip = model.prepare(benchmarks()["CIFAR10"].classes)
-        pixels = example_pixels(model, count)
+        pixels = example_pixels(model)
     else:
-        data = data.balanced(count)
+        data = data.balanced(IMAGES)
         clip = model.prepare(data.classes, template=data.template, as_listed=True)
         pixels = torch.stack([model.backbone.preprocess(image) for image, _ in data])
-    return Lab(clip, model.prepare_defenses(clip, changes=FEWER_VIEWS), pixels)
-
-
-def check(lab: Lab) -> Iterator[tuple[str, bool, str, float]]:
-    """`selfcheck` on a harness."""
+    lab = Lab(clip, model.prepare_defenses(clip, changes=FEWER_VIEWS), pixels)
     for rule in (*RULES, broken_attack):
         began = time.perf_counter()
         passed, measured = rule(lab)
-        sentence = (rule.__doc__ or rule.__name__).splitlines()[0]
-        yield sentence, passed, measured, time.perf_counter() - began
+        yield (rule.__doc__ or "").splitlines()[0], passed, measured, time.perf_counter() - began
 
 
 def example_pixels(model: Model, count: int = IMAGES) -> Tensor:
     """Random crops of the example pictures, uint8, (count, 3, S, S)."""
     (generator,) = generators([0])
-    paths = sorted(EXAMPLES.rglob("*.png"))
-    if not paths:
-        raise InputError("The example pictures are missing: give data.")
-    pictures = [model.backbone.preprocess(open_image(path)) for path in paths]
-    crops: list[Any] = [
-        random_view(to_float(pictures[i % len(pictures)]), generator, min_scale=0.5)
-        for i in range(count)
+    pictures = [model.backbone.preprocess(open_image(p)) for p in sorted(EXAMPLES.rglob("*.png"))]
+    crops = [
+        random_view(to_float(picture), generator, min_scale=0.5)
+        for picture in itertools.islice(itertools.cycle(pictures), count)
     ]
     return (torch.stack(crops) * 255).round().to(torch.uint8)

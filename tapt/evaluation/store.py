@@ -1,4 +1,4 @@
-"""Where outcomes are kept: a folder that survives interruptions, or memory.
+"""Where results are kept: a folder that survives interruptions, or memory; and the pack.
 
 settings.json    what all runs into the folder share
 outcomes.jsonl   one line per image and condition, appended per batch
@@ -12,38 +12,31 @@ import errno
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from tapt.core.errors import InputError
 from tapt.evaluation.outcomes import Outcome, read_outcomes, to_lines
-from tapt.evaluation.plots import plot_files
-from tapt.evaluation.tables import report
-from tapt.files import describe, write_file
+from tapt.evaluation.report import plot_files, report
+from tapt.files import check_output, describe, write_file
+from tapt.packs.card import read_notes, write_pack
+from tapt.packs.format import Pack, pack_folder
 
-SETTINGS, OUTCOMES, RESULTS, REPORT = (
-    "settings.json",
-    "outcomes.jsonl",
-    "results.json",
-    "report.md",
-)
+if TYPE_CHECKING:
+    from accelerate import PartialState
+
+SETTINGS, OUTCOMES, RESULTS = "settings.json", "outcomes.jsonl", "results.json"
 MAY_DIFFER = {"versions", "machine"}
-
-
-class Processes(Protocol):
-    """What runs an evaluation; `accelerate.PartialState` is one."""
-
-    @property
-    def is_main_process(self) -> bool: ...
-    def wait_for_everyone(self) -> None: ...
+IDENTITY = ("dataset", "defense", "attacked_model", "attack", "epsilon_255", "steps", "n")
 
 
 class Store:
     """folder: None keeps the outcomes in memory."""
 
-    def __init__(self, folder: Path | None, processes: Processes) -> None:
+    def __init__(self, folder: Path | None, processes: PartialState) -> None:
         self.folder, self.processes = folder, processes
-        self._held: list[Outcome] = []
+        self._outcomes: list[Outcome] = []
 
     def open(self, settings: Mapping[str, Any]) -> None:
         """Starts the folder, or checks that it was started with the same settings and drops what
@@ -61,8 +54,7 @@ class Store:
                 write_file(self.folder / OUTCOMES, b"")
                 write_file(path, _json(settings))
         self.processes.wait_for_everyone()
-        differ = _differences(_read_settings(path), json.loads(_json(settings)))
-        if differ:
+        if differ := _differences(_read_settings(path), json.loads(_json(settings))):
             raise InputError(
                 f"{self.folder.name} was started with other settings ({', '.join(differ)}): use "
                 "them again, or another folder."
@@ -76,7 +68,7 @@ class Store:
     def read(self) -> list[Outcome]:
         """All outcomes that are there, of every process that has come this far."""
         if self.folder is None:
-            return list(self._held)
+            return list(self._outcomes)
         outcomes = read_outcomes(self.folder / OUTCOMES)
         self.processes.wait_for_everyone()  # nobody writes before everybody has read
         return outcomes
@@ -88,7 +80,7 @@ class Store:
             InputError: the file cannot be written.
         """
         if self.folder is None:
-            self._held += outcomes
+            self._outcomes += outcomes
             return
         data = to_lines(outcomes)
         # one unbuffered write in append mode: lines of several processes never mix
@@ -100,12 +92,12 @@ class Store:
         """Writes results, report and plots."""
         if self.folder is None:
             return
-        plots = plot_files(results["rows"])
+        files = plot_files(results["rows"])
+        files["report.md"] = report(results, list(files)).encode()
+        files[RESULTS] = _json(results)
         with _writing(self.folder):
-            for name, content in plots.items():
+            for name, content in files.items():
                 write_file(self.folder / name, content)
-            write_file(self.folder / REPORT, report(results, list(plots)).encode())
-            write_file(self.folder / RESULTS, _json(results))
 
 
 def _json(value: Mapping[str, Any]) -> bytes:
@@ -132,10 +124,35 @@ def _read_settings(path: Path) -> dict[str, Any]:
 
 def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Names of the settings that differ; a defence that only one of them knows is none."""
-    one, other = (dict(settings) for settings in (before, now))
+    one, other = dict(before), dict(now)
     old, new = one.get("test_time"), other["test_time"]
     if isinstance(old, dict):
         common = old.keys() & new.keys()
         one["test_time"], other["test_time"] = ({k: d[k] for k in common} for d in (old, new))
     names = {*one, *other} - MAY_DIFFER
     return sorted(name for name in names if one.get(name) != other.get(name))
+
+
+def check_record(pack: Pack) -> None:
+    """Says before the work begins whether `record` can write into a pack.
+
+    Raises:
+        InputError: it is not a folder of this computer, or cannot be written.
+        PackError: its card is not text.
+    """
+    folder = pack_folder(pack.name)
+    if pack.origin or not pack.trained or not folder.is_dir():
+        raise InputError("Rows are recorded in a pack's folder: give one as the pack.")
+    check_output(folder, folder=True)
+    read_notes(folder)
+
+
+def record(pack: Pack, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Puts rows into a pack's own table and its card; rows of the same defence, settings, attack
+    and number of images are replaced. Raises what `check_record` says."""
+    check_record(pack)
+    merged = {}
+    for row in [*pack.evaluation, *rows]:
+        identity = [*(row[key] for key in IDENTITY), row.get("settings", {})]
+        merged[json.dumps(identity)] = dict(row)
+    write_pack(replace(pack, evaluation=list(merged.values())), pack_folder(pack.name))

@@ -8,15 +8,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from PIL import Image
-
-from tapt.comparison import attacked_title, versions
-from tapt.core.attacks import METHODS, Attack
+from tapt.comparison import UNTRAINED, attack_title, versions
+from tapt.core.attacks import Attack
 from tapt.core.errors import InputError
-from tapt.core.images import open_image
-from tapt.core.views import image_seeds
-from tapt.defenses import ImageBatch, find_defenses
-from tapt.model import DRAWS, Changes, Model, Picture, Progress, Task, in_thread, timed
+from tapt.defenses import find_defenses
+from tapt.model import Model, Picture, Progress, Task, in_thread, timed
 
 EPSILONS = tuple(range(9))
 VARIES = ("epsilon", "epsilon_255", "step_size")
@@ -46,10 +42,8 @@ class Sweep:
     def __str__(self) -> str:
         """The table of `tapt sweep`: probability of the true class in percent."""
         rows = [["epsilon", *self.probabilities]]
-        done = min(map(len, self.probabilities.values()))
-        for i, epsilon in enumerate(self.epsilons[:done]):
-            values = (f"{100 * values[i]:.1f}" for values in self.probabilities.values())
-            rows.append([f"{epsilon}/255", *values])
+        for epsilon, *values in zip(self.epsilons, *self.probabilities.values(), strict=False):
+            rows.append([f"{epsilon}/255", *(f"{100 * value:.1f}" for value in values)])
         width = max(10, *(len(name) + 2 for name in self.probabilities))
         lines = [f"{first:<9}" + "".join(f"{c:>{width}}" for c in rest) for first, *rest in rows]
         return "\n".join([f"probability of {self.label}, %", *lines])
@@ -61,14 +55,8 @@ def sweep_steps(
     classes: str | Sequence[str],
     *,
     attack: Attack | None = None,
-    attacked: str = "clip",
-    label: str | None = None,
-    target: str | None = None,
     epsilons: Sequence[int] = EPSILONS,
-    defenses: Sequence[str] | None = None,
-    settings: Changes = None,
-    seed: int = 0,
-    draws: int = DRAWS,
+    **options: Any,
 ) -> Iterator[tuple[Progress, Sweep]]:
     """Attacks one picture at every epsilon and yields (progress, curves so far).
 
@@ -76,55 +64,40 @@ def sweep_steps(
 
     attack: its epsilon is replaced; default PGD.
     epsilons: in 1/255, from 0 on.
-    attacked, label, target, defenses, settings, seed, draws: as for `Model.compare_steps`.
+    options: as for `Task`.
 
     Raises:
         InputError: an argument is outside what is allowed, or CW, which has no epsilon.
     """
-    attack = attack or Attack(seed=seed)
+    attack = attack or Attack()
     if attack.method.norm != "Linf":
         raise InputError(
             f"A sweep needs an attack with an epsilon; {attack.method.title} has none."
         )
     if not epsilons or not all(0 <= epsilon <= 255 for epsilon in epsilons):
         raise InputError("epsilons must be whole numbers from 0 to 255.")
-    clip = model.prepare(classes)
-    task = Task(model, clip, attack, attacked, label, target, settings, draws)
-    prepared = model.prepare_defenses(clip, defenses, settings)
-    picture = image if isinstance(image, Image.Image) else open_image(image)
-    pixels = model.backbone.preprocess(picture)[None]
-    index = task.true_class(pixels)
-    described = model.describe(task, prepared, seed)
+    task = Task(model, image, classes, attack, **options)
+    names, true = task.clip.classes, task.true_class
+    described = task.describe()
     described["attack"] = {k: v for k, v in described["attack"].items() if k not in VARIES}
     described.pop("epsilon_255")
-    result = Sweep(
-        clip.classes[index],
-        label is not None,
-        tuple(epsilons),
-        described,
-        {name: [] for name in prepared},
-        {name: [] for name in prepared},
-    )
-    for done, epsilon in enumerate(epsilons):
-        phase, shown = f"epsilon {epsilon}/255", pixels
+    curves: list[dict[str, list]] = [{name: [] for name in task.prepared} for _ in range(2)]
+    result = Sweep(names[true], task.label is not None, tuple(epsilons), described, *curves)
+    for done, epsilon in enumerate(epsilons, 1):
+        phase, shown = f"epsilon {epsilon}/255", task.pixels
         if epsilon:
-            method = attack.updated(epsilon=epsilon / 255)
-            shown = yield from in_thread(
-                f"{phase}, attack",
-                result,
-                partial(task.attack, pixels, index, method=method),
-            )
-        batch = ImageBatch(model.floats(shown), image_seeds(seed, [0]))
-        for name, defense in prepared.items():
+            work = partial(task.attacked_by, attack.updated(epsilon=epsilon / 255))
+            shown = yield from in_thread(f"{phase}, attack", result, work)
+        batch = task.batch(shown)
+        for name, defense in task.prepared.items():
+            title = find_defenses([name])[0].title
             prediction, _ = yield from in_thread(
-                f"{phase}, {find_defenses([name])[0].title}",
-                result,
-                partial(timed, defense, batch, model),
+                f"{phase}, {title}", result, partial(timed, defense, batch, model)
             )
             probabilities = prediction.probabilities[0]
-            result.probabilities[name].append(float(probabilities[index]))
-            result.answers[name].append(clip.classes[int(probabilities.argmax())])
-        yield Progress("sweep", done + 1, len(epsilons)), result
+            result.probabilities[name].append(float(probabilities[true]))
+            result.answers[name].append(names[int(probabilities.argmax())])
+        yield Progress("sweep", done, len(epsilons)), result
 
 
 def curve_png(result: Sweep) -> bytes:
@@ -136,9 +109,8 @@ def curve_png(result: Sweep) -> bytes:
     for i, (name, values) in enumerate(result.probabilities.items()):
         marker = "os^Dv<>P"[i % 8]
         axes.plot(result.epsilons[: len(values)], values, marker=marker, label=name)
-    attack, attacked = result.settings["attack"], result.settings["attacked_model"]
-    title = f"{METHODS[attack['name']].title}-{attack['steps']} on {attacked_title(attacked)}"
-    axes.set_title(title if result.settings["trained"] else f"{title}, untrained prompts")
+    untrained = "" if result.settings["trained"] else f", {UNTRAINED}"
+    axes.set_title(attack_title(result.settings) + untrained)
     axes.set_xlabel("epsilon, 1/255")
     axes.set_ylabel(f"probability of {result.label}")
     axes.set_ylim(-0.02, 1.02)

@@ -11,20 +11,19 @@ import torch
 from open_clip import CLIP, CoCa, CustomTextCLIP
 from safetensors import SafetensorError, safe_open
 
-from tapt.core.backbone import BAD_CONFIG
 from tapt.core.errors import BackboneError
 
+BAD_CONFIG: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError)
+BAD_CONFIG += (LookupError, RuntimeError, TypeError, ValueError)
+"""What open_clip may raise for values that it does not expect."""
 _UNREADABLE: tuple[type[Exception], ...] = (OSError, *BAD_CONFIG)
 MAX_BLOCKS, MAX_PIXELS = 200, 2048  # per tower; per side of the picture
 VOCABULARY = 49408  # tokens of open_clip's tokenizer
 
 
 def read_config(path: Path, name: str) -> Mapping:
-    """The `model_cfg` of a configuration that prompts can work with.
-
-    Raises:
-        BackboneError: no CLIP, a tower that prompts cannot enter, or unusable preprocessing.
-    """
+    """The `model_cfg` of a configuration that prompts can work with; `BackboneError` for no CLIP, a
+    tower that prompts cannot enter, or unusable preprocessing."""
     try:
         whole = json.loads(path.read_text(encoding="utf-8"))
         config, preprocess = whole["model_cfg"], whole.get("preprocess_cfg") or {}
@@ -82,29 +81,23 @@ def check_towers(config: Mapping, name: str) -> None:
 
 
 def stored_values(path: Path, name: str) -> int:
-    """How many numbers a safetensors file holds, by its header.
-
-    Raises:
-        BackboneError: not a complete safetensors file; open_clip would try it as a pickle.
-    """
+    """How many numbers a safetensors file holds, by its header; `BackboneError` for anything that
+    is not a complete one, which open_clip would try as a pickle."""
     try:
         with safe_open(path, "pt") as file:
             keys = file.keys()
             return sum(math.prod(file.get_slice(key).get_shape()) for key in keys)
     except (SafetensorError, OSError) as error:
-        raise BackboneError(
-            f"{path.name} of {name!r} is not a complete safetensors file."
-        ) from error
+        message = f"{path.name} of {name!r} is not a complete safetensors file."
+        raise BackboneError(message) from error
 
 
 def check_size(config: Mapping, stored: int, name: str) -> None:
-    """Refuses a model that is much larger than its weights, before its memory is taken.
+    """Refuses a model that cannot be built, or is much larger than its weights, before its memory
+    is taken.
 
     stored: numbers in the weight file. Twice as many may be built: position embeddings of another
         image size are resized.
-
-    Raises:
-        BackboneError: the model would be larger, or cannot be built at all.
     """
     try:
         fits = not _is_absurd(config, stored) and _values(config) <= 2 * stored

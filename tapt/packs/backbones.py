@@ -11,18 +11,12 @@ import open_clip
 import torch
 from torch import nn
 
-from tapt.core.backbone import (
-    Backbone,
-    Tokenizer,
-    freeze,
-    pretrained_model,
-    random_model,
-    usable_device,
-)
+from tapt.core.backbone import Backbone, Tokenizer
 from tapt.core.errors import BackboneError
 from tapt.files import file_sha256
-from tapt.packs.architecture import check_size, check_towers, read_config, stored_values
+from tapt.packs.architecture import BAD_CONFIG, check_size, check_towers, read_config, stored_values
 from tapt.packs.hub import Origin, Progress, Snapshot, Token, parse_id, snapshot
+from tapt.packs.preprocess import preprocessor
 
 _INSTALLED = Path(__file__).resolve().parents[1] / "_prompts"
 EMBEDDED = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2] / "prompts"
@@ -58,10 +52,9 @@ def load_backbone(
     dtype: default float32.
     token, progress, unreachable: for the Hub, see `snapshot`.
 
-    Raises:
-        BackboneError: unknown name or device, missing weights, a revision of what has none, or a
-            tower that cannot take prompts.
-        HubError: the weights cannot be fetched, and are not in the local cache.
+    Raises `BackboneError` for an unknown name or device, missing weights, a revision of what has
+    none and a tower that cannot take prompts; `HubError` where the weights can neither be fetched
+    nor are in the local cache.
     """
     place = usable_device(device)
     kind, _, rest = name.partition(":")
@@ -89,9 +82,11 @@ def load_backbone(
         sha256 = fetched.sha256(WEIGHTS_FILE)
     else:
         (model, tokenizer), sha256, origin = _load_tag(name, fetch)
-    model = freeze(model, place, dtype)
+    model = model.requires_grad_(False).eval().to(place, dtype or torch.float32)
     commit = origin.commit if origin else None
-    return Backbone(name, model, tokenizer, source, commit, sha256), origin
+    visual: Any = model.visual
+    preprocess = preprocessor(visual.preprocess_cfg)
+    return Backbone(name, model, tokenizer, preprocess, source, commit, sha256), origin
 
 
 def is_public(name: str) -> bool:
@@ -159,3 +154,55 @@ def _load_tag(name: str, fetch: Callable[..., Snapshot]) -> tuple[Loaded, str, O
         image_resize_mode=cfg.get("resize_mode"),
     )
     return loaded, fetched.sha256(file), fetched.origin
+
+
+def random_model(architecture: str) -> Loaded:
+    """An open_clip model with random weights, always the same ones; `BackboneError` where
+    open_clip does not know the architecture."""
+    if architecture not in open_clip.list_models():
+        raise BackboneError(
+            f"open_clip has no architecture {architecture!r}; open_clip.list_models() names them."
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return open_clip.create_model(architecture), _tokenizer(architecture)
+
+
+def pretrained_model(source: str, name: str, **options: Any) -> Loaded:
+    """An open_clip model with weights of this computer; `BackboneError` where they do not fit or
+    are not finite, or there is no tokenizer.
+
+    source: `local-dir:FOLDER`, or an architecture whose weights `options["pretrained"]` names.
+    name: of the backbone in messages.
+    """
+    with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
+        try:
+            model, _ = open_clip.create_model_from_pretrained(source, **options)
+        except BAD_CONFIG as error:
+            message = f"The weights of {name!r} do not fit its architecture."
+            raise BackboneError(message) from error
+    if not all(torch.isfinite(weights).all() for weights in model.parameters()):
+        raise BackboneError(f"The weights of {name!r} have values that are not finite.")
+    return model, _tokenizer(source)
+
+
+def usable_device(device: str | torch.device | None = None) -> torch.device:
+    """The device that was asked for, else the first of `cuda`, `mps` and `cpu` that is there;
+    `BackboneError` where it cannot hold and compute values."""
+    if device is None:
+        mps = "mps" if torch.backends.mps.is_available() else "cpu"
+        device = "cuda" if torch.cuda.is_available() else mps
+    try:
+        place = torch.zeros(1, device=device)
+        place.item()  # the meta device has no values
+        return place.device
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise BackboneError(f"PyTorch has no device {str(device)!r} on this computer.") from error
+
+
+def _tokenizer(name: str) -> Tokenizer:
+    try:
+        tokenizer: Tokenizer = open_clip.get_tokenizer(name)
+        return tokenizer
+    except BAD_CONFIG as error:
+        raise BackboneError(f"The tokenizer of {name!r} could not be loaded.") from error

@@ -39,10 +39,7 @@ print(model.compare("photo.jpg", ["cat", "dog"]))
 
 def write_pack(pack: Pack, folder: str | os.PathLike) -> None:
     """Saves a pack with its card; of an older card in this folder, the section `## Notes` is kept.
-
-    Raises:
-        PackError: the card that is there is not text; nothing is written.
-    """
+    `PackError`, and nothing written, where that card is not text."""
     notes = read_notes(folder)
     save_pack(pack, folder)
     if pack.statistics is not None:
@@ -51,11 +48,8 @@ def write_pack(pack: Pack, folder: str | os.PathLike) -> None:
 
 
 def read_notes(folder: str | os.PathLike) -> str:
-    """What people wrote into the card in a folder: everything from the line `## Notes` on.
-
-    Raises:
-        PackError: the card is not a UTF-8 text.
-    """
+    """What people wrote into the card in a folder: everything from the line `## Notes` on;
+    `PackError` where the card is not a UTF-8 text."""
     path = Path(folder) / CARD
     try:
         card = "\n" + path.read_text(encoding="utf-8")
@@ -76,19 +70,13 @@ def model_card(pack: Pack, name: str, *, picture: bool = False, notes: str = "")
     notes: from `read_notes`.
     """
     config, source = pack.prompts.config, pack.base_model["source"]
-    repo = hub_repo(source)
+    repo, weights = hub_repo(source), weights_tag(pack.base_model["sha256"])
     data = ModelCardData(
         base_model=repo,
         base_model_relation="adapter" if repo else None,
         library_name="tapt",
         pipeline_tag="zero-shot-image-classification",
-        tags=[
-            TAG,
-            weights_tag(pack.base_model["sha256"]),
-            "adversarial-robustness",
-            "prompt-tuning",
-            "clip",
-        ],
+        tags=[TAG, weights, "adversarial-robustness", "prompt-tuning", "clip"],
         license="mit",
         model_name=f"TAPT-{config.design} prompts for {source}",
         eval_results=_results(pack.evaluation) or None,
@@ -110,21 +98,16 @@ def model_card(pack: Pack, name: str, *, picture: bool = False, notes: str = "")
 
 def _results(rows: list[dict[str, Any]]) -> list[EvalResult]:
     """Clean accuracy, once per set and defence: of the row with the most images; then each row."""
-    largest = {}
-    for row in sorted(rows, key=lambda row: row["n"]):
-        largest[row["dataset"], defense_name(row)] = row
+    ascending = sorted(rows, key=lambda row: row["n"])
+    largest = {(row["dataset"], defense_name(row)): row for row in ascending}
     results = [
         _result(row, f"clean accuracy ({defense_name(row)})", row["clean_accuracy"])
         for row in largest.values()
     ]
     for row in rows:
         attack = f"{attack_name(row)} {epsilon_name(row)} on {row['attacked_model']}"
-        epsilon = row["epsilon_255"]
-        args = {
-            "attack": row["attack"],
-            "eps": None if epsilon is None else epsilon / 255,
-            "steps": row["steps"],
-        }
+        epsilon = None if row["epsilon_255"] is None else row["epsilon_255"] / 255
+        args = {"attack": row["attack"], "eps": epsilon, "steps": row["steps"]}
         name = f"accuracy under {attack} ({defense_name(row)})"
         results.append(_result(row, name, row["accuracy"], metric_args=args))
     return results

@@ -39,10 +39,8 @@ def read_checkpoint(path: Path) -> Any:
     """The pickled value, with a `StoredTensor` for every tensor.
 
     Dictionaries, lists, numbers and text come as they are; an object of any class that tensors
-    do not need becomes an inert `Placeholder`, and no code of that class runs.
-
-    Raises:
-        PackError: no such file, or not one that `torch.save` wrote.
+    do not need becomes an inert `Placeholder`, and no code of that class runs. `PackError` where
+    there is no such file, or not one that `torch.save` wrote.
     """
     with _readable(path), zipfile.ZipFile(path) as archive:
         names = [name for name in archive.namelist() if name.endswith("/data.pkl")]
@@ -75,11 +73,7 @@ class StoredTensor(NamedTuple):
     stride: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """The tensor in float32, on the CPU.
-
-        Raises:
-            PackError: it is not wholly in the file.
-        """
+        """The tensor in float32, on the CPU; `PackError` where it is not wholly in the file."""
         with _readable(self.path), zipfile.ZipFile(self.path) as archive:
             values = torch.frombuffer(bytearray(archive.read(self.entry)), dtype=self.dtype)
             if math.prod(self.size) > len(values):

@@ -75,8 +75,7 @@ def bounded(
     on_bytes: called from this thread with the bytes that have gone through.
     elsewhere: bytes that another process has for us by now; their growth is progress, too.
 
-    Raises:
-        Stalled: less than 10 kB/s went through for `PATIENCE` seconds, and nothing was answered.
+    Raises `Stalled`: less than 10 kB/s for `PATIENCE` seconds, and nothing was answered.
     """
     call, future = _Call(), Future[T]()
 

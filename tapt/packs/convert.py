@@ -19,6 +19,7 @@ from tapt.core.losses import Statistics, TokenStatistics
 from tapt.core.prompts import PromptConfig, Prompts
 from tapt.packs.checkpoint import StoredTensor, read_checkpoint
 from tapt.packs.format import Pack, base_model, statistics_shapes
+from tapt.packs.schema import check_values
 
 _CONTEXT = "prompt_learner.ctx"
 _VISUAL = "image_encoder.VPT"
@@ -54,11 +55,7 @@ def research_names(config: PromptConfig) -> dict[str, list[str]]:
 
 
 def from_research(state: Mapping[str, Tensor], config: PromptConfig) -> Prompts:
-    """Prompts from a mapping of research names to tensors.
-
-    Raises:
-        PackError: a parameter of this design is missing; all missing names are listed.
-    """
+    """Prompts from a mapping of research names to tensors; `PackError` lists all missing names."""
     names = research_names(config)
     missing = [name for slices in names.values() for name in slices if name not in state]
     if missing:
@@ -75,9 +72,8 @@ def convert(
     statistics: adversarial mean and variance, clean mean and variance, each
         (blocks, tokens, width).
 
-    Raises:
-        PackError: missing or unknown parameters, shapes of another backbone, or values that are
-            not finite.
+    Raises `PackError` for missing or unknown parameters, shapes of another backbone, and values
+    that are not finite.
     """
     config = _config(state, design)
     names = {name for slices in research_names(config).values() for name in slices}
@@ -86,11 +82,11 @@ def convert(
             f"The checkpoint has unknown parameters for design {design}: {', '.join(unknown)}."
         )
     try:
-        shapes = config.shapes(backbone)
+        shapes = config.shapes(backbone.architecture)
         prompts = from_research(state, config)
     except (InputError, RuntimeError) as error:  # slices of different shapes do not stack
         raise PackError(f"The checkpoint's prompts do not fit together: {error}") from error
-    measured = statistics_shapes(backbone, config)
+    measured = statistics_shapes(backbone.architecture, config)
     given = {**prompts.tensors, **dict(zip(measured, statistics, strict=True))}
     for name, shape in (shapes | measured).items():
         if tuple(given[name].shape) != shape:
@@ -98,10 +94,7 @@ def convert(
                 f"{name} must have shape {shape} for backbone {backbone.name!r}, "
                 f"got {tuple(given[name].shape)}."
             )
-        if not torch.isfinite(given[name]).all():
-            raise PackError(f"{name} has values that are not finite.")
-        if name.endswith(".var") and (given[name] < 0).any():
-            raise PackError(f"{name} has negative values.")
+    check_values(given)
     targets = Statistics(TokenStatistics(*statistics[:2]), TokenStatistics(*statistics[2:]))
     training = {"source": "checkpoint of the method's published research code"}
     return Pack(prompts, targets, {}, "converted", base_model(backbone), training)
@@ -116,15 +109,13 @@ def _config(state: Mapping[str, Tensor], design: str) -> PromptConfig:
             number += 1
         return 1 + number - first
 
-    first = _CONTEXT if design == "VLJ" else _VISUAL
+    if design == "VLJ":
+        first, visual, text = _CONTEXT, depth(_PROJECTION + ".weight", 0), depth(_COMPOUND, 0)
+    else:
+        first, visual, text = _VISUAL, depth(_DEEP_VISUAL, 1), depth(_DEEP_TEXT, 1)
     if first not in state or state[first].ndim != 2:
         raise PackError(f"The checkpoint lacks {first} (tokens, width) for design {design}.")
     tokens = len(state[first])
-    if design == "VLJ":
-        depths = depth(_PROJECTION + ".weight", 0), depth(_COMPOUND, 0)
-    else:
-        depths = depth(_DEEP_VISUAL, 1), depth(_DEEP_TEXT, 1)
-    visual, text = depths
     return PromptConfig(design=design, tokens=tokens, visual_depth=visual, text_depth=text)
 
 
@@ -132,10 +123,7 @@ def convert_files(
     checkpoint: Path, design: str, statistics: Sequence[Path], backbone: Backbone
 ) -> Pack:
     """A pack from a research checkpoint and four files of one tensor each; see `convert`.
-
-    Raises:
-        PackError: a file is missing or not what it should be, and whatever `convert` raises.
-    """
+    `PackError` also where a file is missing or not what it should be."""
     content = read_checkpoint(checkpoint)
     state = content.get("state_dict", content) if isinstance(content, dict) else None
     if not isinstance(state, dict) or not all(isinstance(key, str) for key in state):

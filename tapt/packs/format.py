@@ -22,16 +22,24 @@ from torch import Tensor
 from tapt.core.backbone import Backbone
 from tapt.core.errors import InputError, PackError
 from tapt.core.losses import Statistics, TokenStatistics
-from tapt.core.prompts import PromptConfig, Prompts, Sizes, init_prompts
+from tapt.core.prompts import PromptConfig, Prompts, init_prompts
 from tapt.files import write_file
 from tapt.packs import backbones
 from tapt.packs.backbones import hub_repo, is_public
 from tapt.packs.hub import Origin, Progress, Token, list_models, parse_id, snapshot
-from tapt.packs.schema import FORMAT, VERSION, PackConfig
-from tapt.packs.storage import MAX_CONFIG_BYTES, Shape, read_config, read_tensors
+from tapt.packs.schema import (
+    FORMAT,
+    MAX_CONFIG_BYTES,
+    VERSION,
+    PackConfig,
+    Shape,
+    read_config,
+    read_tensors,
+)
 
 CONFIG, CARD = "config.json", "README.md"
 PROMPTS, STATISTICS = "prompts.safetensors", "statistics.safetensors"
+STATISTICS_KEYS = ("adversarial.mean", "adversarial.var", "clean.mean", "clean.var")
 MAX_HUB_BYTES = {CONFIG: MAX_CONFIG_BYTES, PROMPTS: 1_000_000_000, STATISTICS: 1_000_000_000}
 TAG = "tapt"
 
@@ -71,25 +79,26 @@ class PackFiles:
 
     def read(self, backbone: Backbone | None = None, *, statistics: bool = True) -> Pack:
         """The pack, its prompts in the backbone's place and type; without a backbone, checked
-        against the architecture that it names.
-
-        Raises:
-            PackError: made for another backbone, or malformed; the message says which.
-        """
+        against the architecture that it names. `PackError` says what does not fit."""
         config, place = self.config, (torch.device("cpu"), torch.float32)
-        sizes: Sizes = config.base_model.architecture
+        sizes = config.base_model.architecture.model_dump()
         if backbone is not None:
             self._check_backbone(backbone)
-            sizes, place = backbone, (backbone.device, backbone.dtype)
+            place = backbone.device, backbone.dtype
         try:
             shapes = config.prompts.shapes(sizes)
         except InputError as error:
             raise PackError(f"{CONFIG} of pack {self.name!r}: {error}") from error
         tensors = read_tensors(self.folder / PROMPTS, shapes, self.name)
         prompts = Prompts(config.prompts, tensors).map(lambda t: t.to(*place))
+        measured = None
+        if statistics:
+            shapes = statistics_shapes(sizes, config.prompts)
+            values = [*read_tensors(self.folder / STATISTICS, shapes, self.name).values()]
+            measured = Statistics(TokenStatistics(*values[:2]), TokenStatistics(*values[2:]))
         return Pack(
             prompts,
-            self._statistics(sizes) if statistics else None,
+            measured,
             config.test_time,
             self.name,
             config.base_model.model_dump(),
@@ -98,32 +107,20 @@ class PackFiles:
             origin=self.origin,
         )
 
-    def _statistics(self, sizes: Sizes) -> Statistics:
-        shapes = statistics_shapes(sizes, self.config.prompts)
-        values = read_tensors(self.folder / STATISTICS, shapes, self.name)
-        for key in ("adversarial.var", "clean.var"):
-            if (values[key] < 0).any():
-                raise PackError(f"{STATISTICS} of pack {self.name!r}: {key} has negative values.")
-        return Statistics(
-            TokenStatistics(values["adversarial.mean"], values["adversarial.var"]),
-            TokenStatistics(values["clean.mean"], values["clean.var"]),
-        )
-
     def _check_backbone(self, backbone: Backbone) -> None:
         wanted, own = self.config.base_model.model_dump(), base_model(backbone)
         right = wanted["source"]
         if right.startswith("hf-hub:") and wanted["revision"]:
             right += f"@{wanted['revision']}"
-        for keys, difference in (
-            (("architecture",), "{} has another architecture"),
-            (("sha256",), "the weights of {} are different ones"),
-            (("mean", "std"), "{} normalises its images otherwise"),
+        for key, difference in (
+            ("architecture", "{} has another architecture"),
+            ("sha256", "the weights of {} are different ones"),
+            ("mean", "{} normalises its images otherwise"),
+            ("std", "{} normalises its images otherwise"),
         ):
-            if any(wanted[key] != own[key] for key in keys):
-                raise PackError(
-                    f"Pack {self.name!r} was made for backbone {right!r}; "
-                    f"{difference.format(repr(backbone.name))}."
-                )
+            if wanted[key] != own[key]:
+                reason = difference.format(repr(backbone.name))
+                raise PackError(f"Pack {self.name!r} was made for backbone {right!r}; {reason}.")
 
 
 def base_model(backbone: Backbone) -> dict[str, Any]:
@@ -156,11 +153,8 @@ def list_packs(backbone: str | None = None) -> list[str]:
 
 
 def hub_packs(backbone: Backbone) -> list[str]:
-    """Ids of the Hub's public packs for these weights, the most downloaded first.
-
-    Raises:
-        HubError: the Hub cannot be asked.
-    """
+    """Ids of the Hub's public packs for these weights, the most downloaded first; `HubError` where
+    it cannot be asked."""
     repo = hub_repo(backbone.source)
     fits = {weights_tag(backbone.sha256)} | ({f"base_model:{repo}"} if repo else set())
     return [model["id"] for model in list_models(TAG) if fits & set(model["tags"])]
@@ -194,20 +188,11 @@ def pack_name(folder: str | os.PathLike) -> str:
 
 
 def load_pack(
-    source: str | os.PathLike,
-    backbone: Backbone,
-    *,
-    statistics: bool = True,
-    token: Token = False,
-    progress: Progress | None = None,
+    source: str | os.PathLike, backbone: Backbone, *, statistics: bool = True, **options: Any
 ) -> Pack:
-    """Loads and checks a pack; arguments as `open_pack` has them.
-
-    Raises:
-        PackError: missing, malformed, or made for another backbone; the message says which.
-        HubError: cannot be fetched, and is not in the local cache.
-    """
-    files = open_pack(source, statistics=statistics, token=token, progress=progress)
+    """Loads and checks a pack; arguments and errors as `open_pack` has them, and `PackError` for a
+    pack that was made for another backbone."""
+    files = open_pack(source, statistics=statistics, **options)
     return files.read(backbone, statistics=statistics)
 
 
@@ -225,9 +210,8 @@ def open_pack(
     statistics: False reads the prompts alone, as `python -m tapt train` leaves them.
     token, progress: for the Hub, see `tapt.packs.hub.snapshot`.
 
-    Raises:
-        PackError: missing or malformed.
-        HubError: cannot be fetched, and is not in the local cache.
+    Raises `PackError` where it is missing or malformed, `HubError` where it can neither be fetched
+    nor is in the local cache.
     """
     name, origin = str(source), None
     folder = pack_folder(name)
@@ -251,17 +235,6 @@ def open_pack(
     return PackFiles(name, folder, config, origin)
 
 
-def check_pack(folder: str | os.PathLike) -> Pack:
-    """Reads a finished pack of this computer, without its backbone.
-
-    Raises:
-        PackError: missing or malformed.
-    """
-    if not pack_folder(str(folder)).is_dir():
-        raise PackError(f"There is no folder {str(folder)!r} with a pack.")
-    return open_pack(folder).read()
-
-
 def save_pack(pack: Pack, folder: str | os.PathLike) -> None:
     """Writes a pack; each file is written aside, then renamed, config.json last.
 
@@ -276,11 +249,9 @@ def save_pack(pack: Pack, folder: str | os.PathLike) -> None:
             (folder / stale).unlink(missing_ok=True)
     write_file(folder / PROMPTS, save(_storable(pack.prompts.tensors)))
     if pack.statistics is not None:
-        statistics = {
-            f"{part}.{key}": getattr(getattr(pack.statistics, part), key)
-            for part in ("adversarial", "clean")
-            for key in ("mean", "var")
-        }
+        parts = pack.statistics.adversarial, pack.statistics.clean
+        values = [tensor for part in parts for tensor in (part.mean, part.var)]
+        statistics = dict(zip(STATISTICS_KEYS, values, strict=True))
         write_file(folder / STATISTICS, save(_storable(statistics)))
     write_file(folder / CONFIG, config)
 
@@ -299,10 +270,11 @@ def config_bytes(pack: Pack) -> bytes:
     return (json.dumps(config, indent=2, allow_nan=False) + "\n").encode()
 
 
-def statistics_shapes(sizes: Sizes, config: PromptConfig) -> dict[str, Shape]:
-    """Name and shape of the four statistics tensors."""
-    shape = (sizes.visual_blocks, sizes.image_tokens + config.tokens, sizes.visual_width)
-    return {f"{part}.{key}": shape for part in ("adversarial", "clean") for key in ("mean", "var")}
+def statistics_shapes(sizes: Mapping[str, int], config: PromptConfig) -> dict[str, Shape]:
+    """Name and shape of the four statistics tensors; sizes: as `Backbone.architecture`."""
+    tokens = sizes["image_tokens"] + config.tokens
+    shape = (sizes["visual_blocks"], tokens, sizes["visual_width"])
+    return dict.fromkeys(STATISTICS_KEYS, shape)
 
 
 def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,13 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 import httpx2
-from huggingface_hub import (
-    HfApi,
-    constants,
-    get_session,
-    hf_hub_download,
-    try_to_load_from_cache,
-)
+from huggingface_hub import HfApi, constants, get_session, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
@@ -118,8 +112,7 @@ def snapshot(
     unreachable: what has just kept another fetch from the Hub, which is then not asked again: a
         second wait would be no shorter than the first.
 
-    Raises:
-        HubError: refused, missing, too large or damaged; or unreachable and not in the cache.
+    Raises `HubError`: refused, missing, too large or damaged; or unreachable and not in the cache.
     """
     limits = {f"{where.subfolder}/{name}".lstrip("/"): most for name, most in files.items()}
     cached = _find_cached(where, limits)
@@ -138,11 +131,8 @@ def snapshot(
 
 
 def list_models(tag: str) -> list[dict[str, Any]]:
-    """Public models with a tag, the most downloaded first; `id` and `tags` are what to use.
-
-    Raises:
-        HubError: the Hub cannot be asked; the message says why.
-    """
+    """Public models with a tag, the most downloaded first, each with its `id` and `tags`;
+    `HubError` where the Hub cannot be asked."""
 
     def job() -> list[dict[str, Any]]:
         # HfApi.list_models would try again and again while nobody can be reached
@@ -167,9 +157,7 @@ def ask_hub(job: Callable[[], T], where: HubId | None = None, **options: Any) ->
 
     options: of `bounded`.
 
-    Raises:
-        Unavailable: faults after which a cached copy may stand in.
-        HubError: refusals.
+    Raises `Unavailable` for faults after which a cached copy may stand in, `HubError` for refusals.
     """
     try:
         return bounded(job, **options)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
+from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.utils import (
@@ -16,21 +17,24 @@ from huggingface_hub.utils import (
 )
 
 from tapt.core.errors import HubError, InputError, PackError
-from tapt.packs import format as packs
 from tapt.packs.backbones import is_public
 from tapt.packs.card import PICTURE, model_card, read_notes
-from tapt.packs.format import CARD, CONFIG, PROMPTS, STATISTICS
+from tapt.packs.format import (
+    CARD,
+    CONFIG,
+    PROMPTS,
+    STATISTICS,
+    config_bytes,
+    open_pack,
+    pack_folder,
+)
 from tapt.packs.hub import HubId, ask_hub, parse_id
 from tapt.packs.rows import accuracy_figure
 
 
 @dataclass(frozen=True)
 class Published:
-    """url: of the commit, or of the proposal.
-    private: whether the repo is.
-    bytes: of all files.
-    files: their names.
-    """
+    """url: of the commit, or of the proposal; private: whether the repo is; bytes: of all files."""
 
     url: str
     commit: str
@@ -54,10 +58,8 @@ def publish(
     tag: name for this version, such as `v1`.
     create_pr: propose it to the repo's owner.
 
-    Raises:
-        InputError, PackError: before anything is sent.
-        HubError: the Hub refuses or cannot be reached; or only the tag failed, and the message
-            says so.
+    Raises `InputError` and `PackError` before anything is sent; `HubError` where the Hub refuses or
+    cannot be reached, or where only the tag failed, as its message then says.
     """
     where = parse_id(repo)
     if where is None or where.subfolder or where.revision:
@@ -69,7 +71,10 @@ def publish(
     files = pack_files(folder, where.repo)
     if get_token() is None:
         raise HubError("There is no Hub token: log in with `hf auth login`, or set HF_TOKEN.")
-    with _no_bars():
+    with ExitStack() as stack:
+        if not are_progress_bars_disabled():  # they also count files that are there already
+            disable_progress_bars()
+            stack.callback(enable_progress_bars)
         if not create_pr:
             ask_hub(lambda: _prepare(where, public, tag), where)
         url, commit, private = ask_hub(lambda: _commit(where, files, create_pr), where)
@@ -80,19 +85,18 @@ def publish(
 
 def pack_files(folder: str | os.PathLike, repo: str) -> dict[str, bytes]:
     """Everything that a published pack consists of, checked; nothing else of the folder.
-
-    Raises:
-        PackError: the pack is not valid, or names a backbone that others cannot load.
-    """
-    pack = packs.check_pack(folder)
+    `PackError` for a faulty pack, and for one with a backbone that others cannot load."""
+    place = pack_folder(str(folder))
+    if not place.is_dir():
+        raise PackError(f"There is no folder {str(folder)!r} with a pack.")
+    pack = open_pack(folder).read()
     source = pack.base_model["source"]
     if not is_public(source) or pack.base_model["sha256"] is None:
         raise PackError(
             f"Pack {pack.name!r} was made for {source.partition(':')[0]!r}, which others cannot "
             "load: publish the backbone and make the pack with hf-hub:owner/repo."
         )
-    place = packs.pack_folder(str(folder))
-    files = {CONFIG: packs.config_bytes(pack)}
+    files = {CONFIG: config_bytes(pack)}
     files |= {name: (place / name).read_bytes() for name in (PROMPTS, STATISTICS)}
     if pack.evaluation:
         png = io.BytesIO()
@@ -100,18 +104,6 @@ def pack_files(folder: str | os.PathLike, repo: str) -> dict[str, bytes]:
         files[PICTURE] = png.getvalue()
     card = model_card(pack, repo, picture=bool(pack.evaluation), notes=read_notes(place))
     return {**files, CARD: card.encode()}
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    """Without the client's bars: they also count files that are there already, as "0 files"."""
-    hidden = are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if not hidden:
-            enable_progress_bars()
 
 
 def _prepare(where: HubId, public: bool, tag: str | None) -> None:
@@ -134,15 +126,10 @@ def _name(where: HubId, commit: str, tag: str) -> None:
 def _commit(where: HubId, files: Mapping[str, bytes], create_pr: bool) -> tuple[str, str, bool]:
     api = HfApi()
     info = api.model_info(where.repo)
+    options: dict[str, Any] = {"create_pr": create_pr, "parent_commit": info.sha}
     # a buffer goes by plain HTTP, where a stall can be seen; other data by the client for Xet
     operations = [CommitOperationAdd(name, io.BytesIO(data)) for name, data in files.items()]
     for operation in operations:  # one by one: their progress is watched in this thread
         api.preupload_lfs_files(where.repo, [operation], create_pr=create_pr)
-    done = api.create_commit(
-        where.repo,
-        operations,
-        commit_message="TAPT prompts",
-        parent_commit=info.sha,
-        create_pr=create_pr,
-    )
+    done = api.create_commit(where.repo, operations, commit_message="TAPT prompts", **options)
     return done.pr_url or done.commit_url, done.oid, bool(info.private)

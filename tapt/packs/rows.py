@@ -73,14 +73,12 @@ def text_table(rows: Sequence[Row]) -> str:
     cells = [{k: v for k, v in row_cells(row).items() if k != "budget"} for row in rows]
     if not cells:
         return ""
-    lines = [{title: title for title in cells[0]}, *cells]
-    widths = {title: max(len(line[title]) for line in lines) for title in cells[0]}
-
-    def cell(title: str, value: str) -> str:
-        width = widths[title]
-        return value.rjust(width) if title in NUMBERS else value.ljust(width)
-
-    return "\n".join("  ".join(cell(k, v) for k, v in line.items()).rstrip() for line in lines)
+    columns = []
+    for title in cells[0]:
+        column = [title, *(line[title] for line in cells)]
+        width = max(map(len, column))
+        columns.append([v.rjust(width) if title in NUMBERS else v.ljust(width) for v in column])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*columns, strict=True))
 
 
 def accuracy_figure(rows: Sequence[Row]) -> Figure:

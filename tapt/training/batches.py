@@ -17,6 +17,7 @@ from tapt.core.settings import Settings
 from tapt.core.views import random_view
 from tapt.data import LabelledImages, Pixels
 
+RADIUS = "radius and step size of the training attack, PGD"
 SHOTS: JsonDict = {"rule": "a whole number from 1 to 1,000,000, or 0 for all"}
 MAX_HELD_OUT = 1000  # images that a few-shot run keeps for validation
 
@@ -24,13 +25,7 @@ MAX_HELD_OUT = 1000  # images that a few-shot run keeps for validation
 class TrainConfig(Settings):
     """Settings of a training run; the defaults are the published ones for full-size CLIP."""
 
-    epsilon: float = Field(
-        1 / 255,
-        ge=ONE,
-        le=1,
-        description="radius and step size of the training attack, PGD",
-        json_schema_extra=EPSILON,
-    )
+    epsilon: float = Field(1 / 255, ge=ONE, le=1, description=RADIUS, json_schema_extra=EPSILON)
     attack_steps: int = Field(2, ge=1, le=1000, description="steps of the training attack")
     clean_share: float = Field(
         0.5, ge=0, le=1, description="unattacked share of a batch; 1 makes clean-tuned prompts"

@@ -10,6 +10,8 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,14 +62,12 @@ def train(
     resume: go on from the folder's checkpoint, where there is one.
     on_epoch: called with every row of the log, on the main process.
 
-    Raises:
-        InputError: settings that do not fit the backbone or the checkpoint, or an output that
-            cannot be written.
-        DataError: an image cannot be read.
+    Raises `InputError` for settings that do not fit the backbone or the checkpoint and an output
+    that cannot be written, `DataError` for an image that cannot be read.
     """
     out = check_output(out, folder=True)
     start_processes(backbone.device)
-    prompt_config.shapes(backbone)
+    prompt_config.shapes(backbone.architecture)
     trainer = Trainer(backbone, prompt_config, split_data(data, backbone, config), config)
     checkpoint = out / CHECKPOINT
     if resume and checkpoint.exists():
@@ -107,13 +107,10 @@ class Trainer:
         self.steps_per_epoch = steps_per_epoch(data, config)
         self.total = self.steps_per_epoch * config.epochs
         parameters = list(self.prompts.tensors.values())
-        self.optimizer: torch.optim.Optimizer
-        if config.optimizer == "sgd":
-            self.optimizer = torch.optim.SGD(
-                parameters, lr=config.lr, momentum=0.9, weight_decay=5e-4
-            )
-        else:
-            self.optimizer = torch.optim.AdamW(parameters, lr=config.lr, weight_decay=0.01)
+        sgd = partial(torch.optim.SGD, momentum=0.9, weight_decay=5e-4)
+        adamw = partial(torch.optim.AdamW, weight_decay=0.01)
+        optimizer = sgd if config.optimizer == "sgd" else adamw
+        self.optimizer: torch.optim.Optimizer = optimizer(parameters, lr=config.lr)
         self.step = 0
         self.best: dict[str, Tensor] = {}
         self.best_score = -1.0
@@ -164,12 +161,10 @@ class Trainer:
         result[chosen] = moved
         return result
 
-    def validate(self, limit: int = VALIDATED, epsilon: float | None = None) -> dict[str, float]:
-        """Clean accuracy and accuracy under PGD-5 on held-out images.
-
-        epsilon: default the training epsilon.
-        """
-        count = min(limit, len(self.data.held_out))
+    def validate(self, epsilon: float | None = None) -> dict[str, float]:
+        """Clean accuracy and accuracy under PGD-5 on held-out images; epsilon: default the
+        training epsilon."""
+        count = min(VALIDATED, len(self.data.held_out))
         own = range(self.state.process_index, count, self.state.num_processes)
         prompts = self.prompts.map(Tensor.detach)
         with torch.no_grad():
@@ -201,20 +196,14 @@ class Trainer:
     def pack(self, name: str) -> Pack:
         """The best prompts, or the last ones where nothing was held out."""
         tensors = self.best or self.prompts.map(Tensor.detach).tensors
+        prompts = Prompts(self.prompts.config, tensors)
         training = {
             **self.config.model_dump(),
             "images": len(self.data.images),
             "classes": len(self.data.classes),
             "validation_images": len(self.data.held_out),
         }
-        return Pack(
-            prompts=Prompts(self.prompts.config, tensors),
-            statistics=None,
-            test_time={},
-            name=name,
-            base_model=base_model(self.backbone),
-            training=training,
-        )
+        return Pack(prompts, None, {}, name, base_model(self.backbone), training)
 
     def save(self, path: Path) -> None:
         """Writes a checkpoint."""
@@ -229,11 +218,7 @@ class Trainer:
         save_checkpoint(state, path)
 
     def load(self, path: Path) -> None:
-        """Goes on from a checkpoint of the same settings.
-
-        Raises:
-            InputError: it is damaged or of other settings.
-        """
+        """Goes on from a checkpoint; `InputError` where it is damaged or of other settings."""
         state = load_checkpoint(path, self.backbone.device)
         if state.get("settings") != self._settings():
             raise InputError(
@@ -291,9 +276,7 @@ def _trim_log(log: Path, step: int) -> None:
     """Drops rows that a resumed run will write again, and one that was cut short."""
     kept = []
     for line in log.read_bytes().splitlines() if log.exists() else []:
-        try:
+        with suppress(ValueError, TypeError, KeyError):
             if json.loads(line)["step"] <= step:
                 kept.append(line + b"\n")
-        except (ValueError, TypeError, KeyError):
-            continue
     write_file(log, b"".join(kept))

@@ -28,7 +28,7 @@ from tapt.core.views import generators, image_seeds, random_view
 from tapt.data import LabelledImages, Pixels, digest
 from tapt.files import check_output
 from tapt.packs.card import write_pack
-from tapt.packs.format import Pack
+from tapt.packs.format import Pack, statistics_shapes
 from tapt.processes import gather, load_checkpoint, save_checkpoint, start_processes
 
 
@@ -53,11 +53,8 @@ def statistics(
     test_time: settings by defence, default those of `adversarial`.
     resume: go on from the folder's checkpoints, where there are any.
 
-    Raises:
-        InputError: a limit below 2, checkpoints of other inputs, or an output that cannot be
-            written.
-        PackError: the two packs are of different shapes.
-        DataError: an image cannot be read.
+    Raises `InputError` for a limit below 2, checkpoints of other inputs and an output that cannot
+    be written, `PackError` for packs of different shapes, `DataError` for unreadable images.
     """
     if limit is not None and limit < 2:
         raise InputError(f"limit must be a whole number of at least 2, got {limit}.")
@@ -70,19 +67,13 @@ def statistics(
     own = range(state.process_index, len(images), state.num_processes)
     out.mkdir(parents=True, exist_ok=True)
     moments, checkpoints = [], []
+    options: dict[str, Any] = {"indices": own, "seed": seed, "progress": state.is_main_process}
     for part, source in (("adversarial", adversarial), ("clean", clean)):
         path = out / f"{part}-{state.process_index}.ckpt"
-        checkpoints.append(Checkpoint(path, checkpoint_minutes, resume))
-        measured = token_moments(
-            backbone,
-            source.prompts,
-            images,
-            indices=own,
-            seed=seed,
-            checkpoint=checkpoints[-1],
-            progress=state.is_main_process,
-        )
+        checkpoint = Checkpoint(path, checkpoint_minutes, resume)
+        measured = token_moments(backbone, source.prompts, images, checkpoint=checkpoint, **options)
         moments.append(merged(gather(measured)))
+        checkpoints.append(checkpoint)
     made = {
         "images": len(images),
         "views": "one random resized crop (scale 0.08-1) with flip per image, unattacked",
@@ -90,16 +81,12 @@ def statistics(
         "seed": seed,
     }
     pack = Pack(
-        prompts=adversarial.prompts,
-        statistics=Statistics(*(each.statistics() for each in moments)),
-        test_time=adversarial.test_time if test_time is None else test_time,
-        name=out.name,
-        base_model=adversarial.base_model,
-        training={
-            "adversarial": adversarial.training,
-            "clean": clean.training,
-            "statistics": made,
-        },
+        adversarial.prompts,
+        Statistics(*(each.statistics() for each in moments)),
+        adversarial.test_time if test_time is None else test_time,
+        out.name,
+        adversarial.base_model,
+        {"adversarial": adversarial.training, "clean": clean.training, "statistics": made},
     )
     if state.is_main_process:
         write_pack(pack, out)
@@ -129,24 +116,12 @@ class Moments:
         self.squares += torch.stack([v.square().sum(0) for v in values])
 
     def statistics(self) -> TokenStatistics:
-        """Mean and variance / (n - 1), float32.
-
-        Raises:
-            InputError: fewer than two images.
-        """
+        """Mean and variance / (n - 1), float32; `InputError` for fewer than two images."""
         if self.count < 2:
             raise InputError(f"Statistics need at least 2 images, got {self.count}.")
         mean = self.total / self.count
         var = (self.squares - self.count * mean.square()).clamp(min=0) / (self.count - 1)
         return TokenStatistics(mean.float(), var.float())
-
-
-def empty_moments(backbone: Backbone, prompts: Prompts) -> Moments:
-    """The sums over no images."""
-    tokens = backbone.image_tokens + prompts.config.tokens
-    shape = (backbone.visual_blocks, tokens, backbone.visual_width)
-    zeros = torch.zeros(shape, dtype=torch.float64, device="cpu")
-    return Moments(0, zeros, zeros.clone())
 
 
 def merged(parts: Sequence[Moments]) -> Moments:
@@ -170,11 +145,8 @@ class Checkpoint:
     resume: bool = False
 
     def load(self, fingerprint: str) -> Moments | None:
-        """The sums of the file, if it is to be used.
-
-        Raises:
-            InputError: it is damaged or of other inputs.
-        """
+        """The sums of the file, if it is to be used; `InputError` where it is damaged or of other
+        inputs."""
         if not (self.resume and self.path.exists()):
             return None
         state = load_checkpoint(self.path)
@@ -211,7 +183,9 @@ def token_moments(
     indices = range(len(images)) if indices is None else indices
     fingerprint = _fingerprint(backbone, prompts, images, indices, seed) if checkpoint else ""
     moments = checkpoint.load(fingerprint) if checkpoint else None
-    moments = moments or empty_moments(backbone, prompts)
+    if moments is None:
+        shape, *_ = statistics_shapes(backbone.architecture, prompts.config).values()
+        moments = Moments(0, *torch.zeros((2, *shape), dtype=torch.float64, device="cpu"))
     saved = time.monotonic()
     starts = range(moments.count, len(indices), batch_size)
     for start in tqdm(starts, unit="batch", dynamic_ncols=True, disable=not progress):

@@ -17,8 +17,9 @@ from torch import Tensor
 from tapt.comparison import Comparison
 from tapt.core.attacks import METHODS
 from tapt.core.errors import InputError, TaptError
-from tapt.core.images import open_image, to_picture
+from tapt.core.images import to_picture
 from tapt.data.names import MAX_CLASSES, class_names
+from tapt.data.pictures import open_image
 from tapt.defenses import find_defenses
 from tapt.defenses.deployed import attack_seconds
 from tapt.evaluation.sweep import Sweep, sweep_steps
@@ -173,6 +174,7 @@ class Handlers:
                 label=request.label,
                 target=request.target,
                 draws=_draws(request),
+                defenses=request.fields.defenses,
                 settings=_changes(model, request),
                 seed=request.fields.seed,
                 **options,
@@ -220,6 +222,7 @@ class Handlers:
                 request = inputs.read_request(values, self.uploads)
                 model = self._model(request)
                 values |= {"true_class": request.label or "", "target": request.target or ""}
+                values["defenses"] = [row.name for row in find_defenses(request.fields.defenses)]
                 names = [("", ""), *((name, name) for name in request.classes)]
                 for name in ("true_class", "target"):
                     values[name] = gr.update(value=values[name], choices=names)

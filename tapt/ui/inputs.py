@@ -20,10 +20,11 @@ from pydantic import Field, ValidationError, field_validator
 
 from tapt.core.attacks import METHODS, Attack
 from tapt.core.errors import InputError
-from tapt.core.images import open_image
 from tapt.core.settings import Settings, limits, plain_type, shown
 from tapt.core.tuning import TuneConfig
 from tapt.data.names import parse_classes
+from tapt.data.pictures import open_image
+from tapt.defenses import find_defenses
 from tapt.model import ATTACKED_MODELS
 
 MAX_BYTES = 10_000_000
@@ -68,6 +69,9 @@ class Fields(Settings):
     )
     target: str = ""
     seed: int = _of(Attack, "seed", "Seed", 0)
+    defenses: list[str] | None = Field(
+        None, title="Defences", json_schema_extra={"rule": "a list of names"}
+    )
     backbone: str = ""
     pack: str = ""
     views: int | None = _of(TuneConfig, "views", "Views", None, 256)
@@ -86,6 +90,11 @@ class Fields(Settings):
     @classmethod
     def _whole(cls, value: object) -> object:
         return int(value) if isinstance(value, float) and value.is_integer() else value
+
+    @field_validator("defenses")
+    @classmethod
+    def _registered(cls, names: list[str] | None) -> list[str] | None:
+        return names and [row.name for row in find_defenses(names)]
 
     @field_validator("class_names", "true_class", "target", "backbone", "pack")
     @classmethod

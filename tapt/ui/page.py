@@ -11,8 +11,9 @@ from typing import Any
 import gradio as gr
 
 from tapt.core.attacks import METHODS
-from tapt.core.images import open_image
 from tapt.core.settings import limits
+from tapt.data.pictures import open_image
+from tapt.defenses import all_defenses, find_defenses
 from tapt.model import ATTACKED_MODELS
 from tapt.ui import known, render
 from tapt.ui.handlers import MODEL_FIELDS, Handlers
@@ -44,7 +45,9 @@ attack: {", ".join(("none", *METHODS))}. epsilon: L-inf radius in 1/255, a whole
 attack) to {limits(MOST)[1]}. attacked_model: what the attack sees, {", ".join(ATTACKED_MODELS)}
 (the deployed TAPT). true_class: one of the class names, or empty where it is not known. steps: of
 the attack, 0 for its own number. step_size: in 1/255, 0 for automatic. target: a class name to move
-towards, or empty. seed: of views and attack. backbone, pack: names that the page offers.
+towards, or empty. seed: of views and attack. defenses: a list of
+{", ".join(row.name for row in all_defenses())}, or null for those ticked at first.
+backbone, pack: names that the page offers.
 views, keep, tune_steps, lr, alpha: test-time settings, the pack's own where they are left out."""
 COMPARE_API = f"""Compares vanilla CLIP and its defences on one picture, attacked or not.
 {API_INPUTS}
@@ -295,6 +298,13 @@ def _defense_inputs(fields: dict, service: Service) -> gr.Button:
             info=render.PACK_INFO,
             allow_custom_value=True,
             elem_id="pack",
+        )
+        fields["defenses"] = gr.CheckboxGroup(
+            [(row.title, row.name) for row in all_defenses()],
+            value=[row.name for row in find_defenses()],
+            label=Fields.model_fields["defenses"].title,
+            info="Who answers; each one ticked costs its time on both pictures.",
+            elem_id="defenses",
         )
         with gr.Row():
             for name in TEST_TIME:

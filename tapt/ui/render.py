@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tapt.comparison import UNTRAINED, Comparison, attacked_title
 from tapt.core.attacks import METHODS, Method
-from tapt.core.images import amplified_difference, to_picture
+from tapt.core.images import to_picture
 from tapt.defenses import Defense, find_defenses, list_defenses
 from tapt.evaluation.sweep import Sweep
 from tapt.model import VICTIM, Model
@@ -320,6 +320,14 @@ def perturbation(result: Comparison) -> str:
 alt="The perturbation, amplified {scale} times around mid-grey">
 <figcaption><strong>Perturbation × {scale}</strong> around mid-grey; the largest change of a pixel
 (L∞) is {result.linf_255}/255{limit}.</figcaption></figure>"""
+
+
+def amplified_difference(attacked: Tensor, clean: Tensor) -> tuple[Image.Image, int]:
+    """The change from one uint8 image (3, H, W) to the other around mid-grey, scaled so that its
+    largest entry reaches full range, and that scale."""
+    delta = attacked.int() - clean.int()
+    scale = max(1, 127 // max(1, int(delta.abs().max())))
+    return to_picture((delta * scale + 128).clamp(0, 255).byte()), scale
 
 
 def downloads(result: Comparison, numbers: dict, link: str) -> str:
