@@ -80,7 +80,8 @@ def test_upload_and_run_with_attack(page: Page):
     expect(page.locator("#preview")).to_contain_text("32 × 32 pixels")
     finish(page)
     expect(page.locator("#welcome")).to_be_hidden()
-    expect(page.locator("#verdict")).to_contain_text(re.compile(r"\d (kept|changed) \(.*TAPT"))
+    verdict = re.compile(r"\d (kept|changed) the answer \(.*TAPT")
+    expect(page.locator("#verdict")).to_contain_text(verdict)
     answers = page.locator("#answers")
     assert tuple(answers.locator(".t-model").all_inner_texts()) == MODELS
     known = facts(page)
@@ -169,7 +170,7 @@ def test_attack_on_the_deployed_defence_tells_its_time_first(page: Page):
     page.get_by_label("Attack", exact=True).click()
     page.get_by_role("option", name="Square", exact=True).click()
     expect(page.locator("#attack-note")).to_contain_text("It sees TAPT as deployed, black-box")
-    page.get_by_label("Vanilla CLIP", exact=True).check()
+    page.get_by_role("radio", name="Vanilla CLIP").check()
     expect(page.locator("#estimate p")).to_have_count(0)
 
 
@@ -242,7 +243,7 @@ def test_what_tapt_did(page: Page):
 
 def test_take_away(page: Page):
     page.locator("#classes textarea").fill('kitten, "dog" & <cat>, ship')
-    page.get_by_label("Static prompts", exact=True).check()
+    page.get_by_role("radio", name="Static prompts").check()
     finish(page)
     answers = shown_answers(page)
     with Image.open(download(page, "Attacked image")) as attacked:
@@ -258,7 +259,7 @@ def test_take_away(page: Page):
     page.goto("about:blank")
     page.goto(link)
     expect(page.locator("#classes textarea")).to_have_value('kitten, "dog" & <cat>, ship')
-    expect(page.get_by_label("Static prompts", exact=True)).to_be_checked()
+    expect(page.get_by_role("radio", name="Static prompts")).to_be_checked()
     expect(page.locator("#preview img")).to_be_visible()
     finish(page)
     assert shown_answers(page) == answers
