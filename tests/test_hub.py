@@ -11,7 +11,6 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -86,6 +85,30 @@ def refused(clip: Backbone, source: str = REPO, **options: object) -> str:
     assert "/cache" not in message
     assert "http" not in message
     return message
+
+
+def host_settings() -> tuple:
+    hooks = {kind: list(each) for kind, each in get_session().event_hooks.items()}
+    level = logging.getLogger("huggingface_hub").level
+    return get_session(), hooks, constants.DOWNLOAD_CHUNK_SIZE, level, constants.ENDPOINT
+
+
+def test_the_programs_own_use_of_the_client_is_left_alone(hub, clip, published, monkeypatch):
+    # first of all: a job that a later test leaves hanging keeps the client's settings changed
+    before, during, real = host_settings(), [], tapt.packs.hub.hf_hub_download
+
+    def spy(*args: object, **options: object) -> str:
+        during.append(host_settings())
+        return real(*args, **options)
+
+    monkeypatch.setattr(tapt.packs.hub, "hf_hub_download", spy)
+    load_pack(REPO, clip)
+    assert host_settings() == before
+    assert {each[0] for each in during} == {before[0]}  # connections of others may be in use
+    assert all(each[1:] != before[1:] for each in during)
+    hub.fail("GET", "status", status=404)
+    refused(clip, "owner/none")
+    assert host_settings() == before
 
 
 @pytest.mark.parametrize(
@@ -585,31 +608,6 @@ def test_robust_clips_in_open_clips_layout_load_by_name(hub, toy_folder):
     assert backbone.tokenize(["a cat"]).shape == (1, 4)
     fetched = {request.rpartition("/")[2] for request in hub.requests if "/resolve/" in request}
     assert fetched == {CONFIG_FILE, WEIGHTS_FILE}
-
-
-def host_settings() -> tuple:
-    hooks = {kind: list(each) for kind, each in get_session().event_hooks.items()}
-    level = logging.getLogger("huggingface_hub").level
-    return get_session(), hooks, constants.DOWNLOAD_CHUNK_SIZE, level, constants.ENDPOINT
-
-
-def test_the_programs_own_use_of_the_client_is_left_alone(hub, clip, published, monkeypatch):
-    while tapt.packs.client._SAVED:  # a job of an earlier test that nobody waits for
-        time.sleep(0.05)
-    before, during, real = host_settings(), [], tapt.packs.hub.hf_hub_download
-
-    def spy(*args: object, **options: object) -> str:
-        during.append(host_settings())
-        return real(*args, **options)
-
-    monkeypatch.setattr(tapt.packs.hub, "hf_hub_download", spy)
-    load_pack(REPO, clip)
-    assert host_settings() == before
-    assert {each[0] for each in during} == {before[0]}  # connections of others may be in use
-    assert all(each[1:] != before[1:] for each in during)
-    hub.fail("GET", "status", status=404)
-    refused(clip, "owner/none")
-    assert host_settings() == before
 
 
 def test_importing_changes_nothing_of_the_program():
