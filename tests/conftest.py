@@ -178,6 +178,30 @@ def reference_weights(entries: list[dict]) -> dict[str, torch.Tensor]:
     return weights
 
 
+def reference_backbone(folder: Path, spec: dict) -> Backbone:
+    """The reference CLIP of a description in tests/reference."""
+    arch = spec["arch"]
+    config = {
+        "embed_dim": arch["embed_dim"],
+        "quick_gelu": True,
+        "vision_cfg": {
+            "image_size": arch["image_size"],
+            "patch_size": arch["patch_size"],
+            "width": arch["vision_width"],
+            "layers": arch["vision_layers"],
+            "head_width": 64,
+        },
+        "text_cfg": {
+            "context_length": 77,
+            "vocab_size": 49408,
+            "width": arch["text_width"],
+            "heads": arch["text_width"] // 64,
+            "layers": arch["text_layers"],
+        },
+    }
+    return local_backbone(write_backbone(folder, config, reference_weights(spec["weights"])))
+
+
 @contextmanager
 def serving(folder: Path, *options: str, **settings: str) -> Iterator[str]:
     """app.py in a process of its own; yields its address.

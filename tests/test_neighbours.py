@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import io
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from conftest import TOY_CLASSES, local_backbone
+from conftest import local_backbone, toy_clip
 from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from tapt.core.backbone import Backbone
 from tapt.core.clip import PromptedClip
-from tapt.core.errors import Cancelled
 from tapt.core.images import to_float, to_picture, to_uint8
-from tapt.core.losses import Statistics, TokenStatistics
-from tapt.core.prompts import PromptConfig, init_prompts
-from tapt.core.views import generators
 from tapt.defenses import changes, context, dbd, features, find_defenses, tapt
 from tapt.defenses.base import ImageBatch, PreparedDefense
-from tapt.defenses.deployed import Deployed
 
 NAMES = ["tpt", "rtpt", "sstpt", "ttc", "dbd", "tapt-ensemble"]
 FAMILY = ["tpt", "rtpt", "sstpt"]
@@ -31,16 +27,6 @@ SMALL = {
     "tapt-ensemble": {"views": 8, "keep": 0.4, "lr": 0.02},
 }
 EVERY = pytest.mark.parametrize("name", NAMES)
-
-
-def toy_clip(backbone: Backbone, design: str = "VLI", statistics: bool = True) -> PromptedClip:
-    prompts = init_prompts(backbone, PromptConfig(design=design, tokens=2, visual_depth=3), seed=1)
-    generator = torch.Generator().manual_seed(2)
-    tokens = backbone.image_tokens + 2
-    shape = 4, backbone.visual_blocks, tokens, backbone.visual_width
-    values = torch.rand(shape, generator=generator, dtype=backbone.dtype)
-    targets = Statistics(TokenStatistics(*values[:2]), TokenStatistics(*values[2:]))
-    return PromptedClip(backbone, prompts, targets if statistics else None, tuple(TOY_CLASSES))
 
 
 def prepare(clip: PromptedClip, name: str, **settings: object) -> PreparedDefense:
@@ -67,42 +53,6 @@ def images() -> Tensor:
     return (smooth * 255).round() / 255
 
 
-@EVERY
-def test_answers_are_probabilities_and_a_batch_answers_as_one_by_one(clip, images, name):
-    prepared = prepare(clip, name)
-    every = prepared.predict(ImageBatch(images, [5, 6, 7]))
-    assert every.probabilities.shape == (3, len(TOY_CLASSES))
-    torch.testing.assert_close(every.probabilities.sum(-1), torch.ones(3))
-    for index in range(3):
-        single = prepared.predict(ImageBatch(images[index : index + 1], [5 + index]))
-        torch.testing.assert_close(
-            every.probabilities[index], single.probabilities[0], atol=2e-4, rtol=0
-        )
-        for key, value in single.trace.items():
-            if isinstance(value, Tensor):
-                assert len(every.trace[key]) == 3, key
-                assert value[0].shape == every.trace[key][index].shape
-
-
-@EVERY
-def test_only_seeds_decide_and_nothing_stays(clip, images, name):
-    before = {key: value.clone() for key, value in clip.backbone.model.state_dict().items()}
-    prompts = {key: value.clone() for key, value in clip.prompts.tensors.items()}
-    prepared, state, given = prepare(clip, name), torch.get_rng_state(), images.clone()
-    first = prepared.predict(ImageBatch(images, [1, 2, 3])).probabilities
-    other = prepared.predict(ImageBatch(images, [4, 5, 6])).probabilities
-    again = prepared.predict(ImageBatch(images, [1, 2, 3])).probabilities
-    assert torch.equal(first, again)
-    assert not torch.equal(first, other)
-    assert prepared.randomised
-    assert torch.equal(torch.get_rng_state(), state)
-    assert torch.equal(images, given)
-    after = clip.backbone.model.state_dict()
-    assert all(torch.equal(after[key], value) for key, value in before.items())
-    assert all(torch.equal(clip.prompts.tensors[key], value) for key, value in prompts.items())
-    assert all(p.grad is None and not p.requires_grad for p in clip.backbone.model.parameters())
-
-
 def gradient(prepared: PreparedDefense, images: Tensor, surrogate: str | None = None) -> Tensor:
     images = images.clone().requires_grad_()
     batch = ImageBatch(images, range(len(images)))
@@ -111,25 +61,11 @@ def gradient(prepared: PreparedDefense, images: Tensor, surrogate: str | None = 
 
 
 @EVERY
-@pytest.mark.parametrize("grey", [False, True])
-def test_gradients_reach_the_pixels(clip, images, name, grey):
-    """Also where a pixel has no colour, no contrast or lies on the edge of its range."""
-    images = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1).expand(3, 3, 32, 32) if grey else images
+def test_gradients_are_finite_without_colour_and_at_the_ends_of_the_range(clip, name):
+    levels = torch.tensor([0.0, 0.5, 1.0]).view(3, 1, 1, 1).expand(3, 3, 32, 32)
     prepared = prepare(clip, name)
     for surrogate in (None, *prepared.surrogates):
-        of_pixels = gradient(prepared, images, surrogate)
-        assert of_pixels.isfinite().all(), surrogate
-        assert grey or (of_pixels.flatten(1).abs().amax(1) > 0).all(), surrogate
-
-
-@EVERY
-def test_logits_are_those_of_the_answer(clip, images, name):
-    prepared = prepare(clip, name)
-    expected = prepared.predict(ImageBatch(images, [1, 2, 3])).probabilities
-    with torch.enable_grad():
-        attacked = images.clone().requires_grad_()
-        actual = prepared.logits(ImageBatch(attacked, [1, 2, 3])).softmax(-1)
-    torch.testing.assert_close(actual.detach(), expected, atol=2e-4, rtol=0)
+        assert gradient(prepared, levels, surrogate).isfinite().all(), surrogate
 
 
 @pytest.mark.parametrize("name", [*FAMILY, "ttc", "tapt-ensemble"])
@@ -153,21 +89,10 @@ def test_the_surrogates_gradient_is_the_slope_of_its_answers(exact, images, name
 
 
 @EVERY
-def test_an_attacker_may_ask_it_as_deployed(clip, images, name):
-    prepared = prepare(clip, name)
-    model = Deployed(prepared, generators([0, 1, 2]), draws=2)
-    attacked = images.clone().requires_grad_()
-    first, second = model(attacked), model(attacked)
-    assert first.shape == (3, len(TOY_CLASSES))
-    assert not torch.equal(first, second)  # fresh draws at every pass
-    assert torch.autograd.grad(first[:, 0].sum(), attacked)[0].abs().sum() > 0
-
-
-@EVERY
 @pytest.mark.parametrize("design", ["V", "VLI", "VLJ"])
 def test_any_design_without_statistics(toy, images, name, design):
     """The five answer the same whatever the pack's prompts are."""
-    clip = toy_clip(toy, design, statistics=False)
+    clip = replace(toy_clip(toy, design), statistics=None)
     answer = prepare(clip, name).predict(ImageBatch(images, [1, 2, 3])).probabilities
     assert answer.isfinite().all()
     expected = prepare(toy_clip(toy), name).predict(ImageBatch(images, [1, 2, 3])).probabilities
@@ -194,32 +119,6 @@ def test_without_a_step(clip, images, name):
         torch.testing.assert_close(actual, expected)
 
 
-@EVERY
-def test_progress_ends_and_may_stop_it(clip, images, name):
-    calls: list[tuple[int, int]] = []
-    prepared = prepare(clip, name)
-    prepared.predict(ImageBatch(images, [1, 2, 3]), on_progress=lambda *done: calls.append(done))
-    assert calls[-1][0] == calls[-1][1]
-
-    def stop(done: int, total: int) -> None:
-        raise Cancelled("Stopped.")
-
-    with pytest.raises(Cancelled):
-        prepared.predict(ImageBatch(images, [1, 2, 3]), on_progress=stop)
-
-
-def counted(monkeypatch: pytest.MonkeyPatch, module, name: str) -> list[int]:
-    """How many images each call of a function of the image tower gets."""
-    calls, inner = [], getattr(module, name)
-
-    def spied(backbone, images, *args, **options):
-        calls.append(len(images))
-        return inner(backbone, images, *args, **options)
-
-    monkeypatch.setattr(module, name, spied)
-    return calls
-
-
 @pytest.mark.parametrize("order", [FAMILY, FAMILY[::-1]])
 def test_views_are_encoded_once_for_all_that_use_them(clip, images, monkeypatch, order):
     views = {"tpt": 24, "rtpt": 40, "sstpt": 16}
@@ -227,7 +126,10 @@ def test_views_are_encoded_once_for_all_that_use_them(clip, images, monkeypatch,
     for name in order:
         prepared = prepare(clip, name, views=views[name])
         alone[name] = prepared.predict(ImageBatch(images, [1, 2, 3])).probabilities
-    calls, batch = counted(monkeypatch, features, "encode_image"), ImageBatch(images, [1, 2, 3])
+    calls, inner, batch = [], features.encode_image, ImageBatch(images, [1, 2, 3])
+    monkeypatch.setattr(
+        features, "encode_image", lambda b, x, *a: calls.append(len(x)) or inner(b, x, *a)
+    )
     for name in order:
         prepared = prepare(clip, name, views=views[name])
         torch.testing.assert_close(prepared.predict(batch).probabilities, alone[name])

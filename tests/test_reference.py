@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import local_backbone, reference_weights, write_backbone
+from conftest import reference_backbone
 from safetensors.torch import load_file
 
 from tapt.core.backbone import Backbone
@@ -32,28 +32,7 @@ def test_there_are_entries():
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    arch = SPEC["arch"]
-    config = {
-        "embed_dim": arch["embed_dim"],
-        "quick_gelu": True,
-        "vision_cfg": {
-            "image_size": arch["image_size"],
-            "patch_size": arch["patch_size"],
-            "width": arch["vision_width"],
-            "layers": arch["vision_layers"],
-            "head_width": 64,
-        },
-        "text_cfg": {
-            "context_length": 77,
-            "vocab_size": 49408,
-            "width": arch["text_width"],
-            "heads": arch["text_width"] // 64,
-            "layers": arch["text_layers"],
-        },
-    }
-    folder = tmp_path_factory.mktemp("reference")
-    write_backbone(folder, config, reference_weights(SPEC["weights"]))
-    return local_backbone(folder)
+    return reference_backbone(tmp_path_factory.mktemp("reference"), SPEC)
 
 
 @pytest.fixture(scope="module")
@@ -78,12 +57,11 @@ class Case:
         }
         self.prompts = from_research(start, self.config)
         self.texts = class_texts(backbone, spec["classes"], self.config)
-        self.statistics = Statistics(
-            TokenStatistics(self.expected["target.means"], self.expected["target.vars"]),
-            TokenStatistics(
-                self.expected["target.means_clean"], self.expected["target.vars_clean"]
-            ),
+        adversarial, clean = (
+            TokenStatistics(self.expected[f"target.means{k}"], self.expected[f"target.vars{k}"])
+            for k in ("", "_clean")
         )
+        self.statistics = Statistics(adversarial, clean)
         self.settings = TuneConfig(
             views=spec["views"],
             keep=spec["keep"],
@@ -187,12 +165,6 @@ def test_tuned_prompts_and_prediction(case: Case, result):
             assert (actual - expected).abs().max() <= 2.1 * lr * steps
             assert ((actual - expected).abs() < 0.05 * lr).float().mean() > 0.98, research
     close(result.logits, case.expected["tuned_logits"], absolute=2e-2)
-
-
-def test_tuning_changes_nothing_it_was_given(case: Case):
-    before = {k: v.clone() for k, v in case.prompts.tensors.items()}
-    case.tuned()
-    assert all(torch.equal(before[k], v) for k, v in case.prompts.tensors.items())
 
 
 def test_loss_functions_on_the_reference_logits(case: Case):

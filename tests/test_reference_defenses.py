@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import local_backbone, reference_weights, write_backbone
+from conftest import reference_backbone
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -39,28 +39,7 @@ def test_there_are_entries(name: str):
 
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    arch = SPEC["arch"]
-    config = {
-        "embed_dim": arch["embed_dim"],
-        "quick_gelu": True,
-        "vision_cfg": {
-            "image_size": arch["image_size"],
-            "patch_size": arch["patch_size"],
-            "width": arch["vision_width"],
-            "layers": arch["vision_layers"],
-            "head_width": 64,
-        },
-        "text_cfg": {
-            "context_length": 77,
-            "vocab_size": 49408,
-            "width": arch["text_width"],
-            "heads": arch["text_width"] // 64,
-            "layers": arch["text_layers"],
-        },
-    }
-    folder = tmp_path_factory.mktemp("reference")
-    write_backbone(folder, config, reference_weights(SPEC["weights"]))
-    return local_backbone(folder)
+    return reference_backbone(tmp_path_factory.mktemp("reference"), SPEC)
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""`tapt bench`: seconds and memory per image, beside the straightforward path."""
+"""`tapt bench`: seconds and memory per image, of both paths or of every defence."""
 
 from __future__ import annotations
 
@@ -7,34 +7,33 @@ import json
 import sys
 from typing import Any
 
-from tapt.commands.options import add_precision, add_settings, filled, names, positive
-from tapt.core.tuning import TuneConfig
-from tapt.evaluation.bench import bench, mistakes, table
+from tapt.commands.options import add_precision, add_settings, given, names, positive
+from tapt.defenses import list_defenses
+from tapt.evaluation.bench import Job, bench, mistakes, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.description = (
-        "Seconds and memory per image, each path in a process of its own. The straightforward path "
-        "is a second, plain implementation: it keeps the gradients of all views and passes whole "
-        "class sentences. The exit status is 1 where their answers differ."
-    )
-    parser.add_argument("--backbone", type=filled, default="random:ViT-B-16")
-    parser.add_argument(
-        "--classes", type=counts, default=[10, 100], help="how many, by commas; up to 1000"
+        "Seconds and memory per image, each measurement in a process of its own: TAPT's step "
+        "beside a second, plain implementation that keeps the gradients of all views and passes "
+        "whole class sentences (the exit status is 1 where their answers differ), or defences "
+        "beside vanilla CLIP."
     )
     parser.add_argument(
-        "--designs", type=names, default=["V", "VLI"], help="of V, VLI and VLJ, by commas"
+        "--defenses", type=names, help=f"all, or of {', '.join(list_defenses())}, by commas"
     )
-    add_settings(parser, TuneConfig, only=("views",))
     parser.add_argument(
-        "--repeats", type=positive, default=1, metavar="N", help="both paths in turn (default 1)"
+        "--classes",
+        dest="counts",
+        type=counts,
+        help="how many, by commas (default 10,100; for defences 100)",
     )
-    add_precision(parser, "of the fast path's view selection")
     parser.add_argument(
-        "--threads", type=positive, metavar="N", help="of the processor; default torch's choice"
+        "--designs", type=names, help="V, VLI, VLJ, by commas (default V,VLI; for defences VLI)"
     )
-    parser.add_argument("--device", type=filled, help="default: cuda, mps or cpu")
+    add_settings(parser, Job, only=("backbone", "views", "repeats", "threads", "device"))
+    add_precision(parser, "of the view selection, except on the straightforward path")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
@@ -46,20 +45,17 @@ def counts(text: str) -> list[int]:
 def run(args: argparse.Namespace) -> int:
     """Prints each row as soon as it is measured, or one JSON object at the end."""
     rows: list[dict[str, Any]] = []
+    defenses = list_defenses() if args.defenses == ["all"] else args.defenses
     for row in bench(
-        args.backbone,
-        classes=args.classes,
+        defenses=defenses,
         designs=args.designs,
-        views=64 if args.views is None else args.views,
-        repeats=args.repeats,
+        classes=args.counts,
         selection=args.precision,
-        threads=args.threads,
-        device=args.device,
+        **given(args, Job),
     ):
         rows.append(row)
         if not args.json:
-            lines = table([row]).splitlines()
-            print(*lines[4 if len(rows) > 1 else 0 :], sep="\n", flush=True)  # one header
+            print(table(row), end="\n\n", flush=True)
     if args.json:
         print(json.dumps({"rows": rows}))
     wrong = mistakes(rows)

@@ -1,4 +1,5 @@
-"""Seconds and memory per image of the test-time step, beside a straightforward implementation.
+"""Seconds and memory per image: TAPT's step beside a straightforward implementation of it, and
+every defence beside vanilla CLIP.
 
 The straightforward path (`tapt.evaluation.plain`) is a second implementation: equal logits also
 check `tapt.core.tuning`. Every measurement runs in a process of its own, because a process never
@@ -10,90 +11,134 @@ from __future__ import annotations
 import contextlib
 import logging
 import multiprocessing
-import statistics as numbers
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from statistics import median
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
+from torch.nn.functional import normalize
 from torch.utils.flop_counter import FlopCounterMode
 
 from tapt.core.backbone import Backbone
+from tapt.core.clip import PromptedClip
 from tapt.core.errors import InputError, TaptError
 from tapt.core.losses import Statistics, TokenStatistics
-from tapt.core.prompts import ClassTexts, PromptConfig, Prompts, class_texts, init_prompts
-from tapt.core.tuning import Clock, TuneConfig, encode_views, tune, views_per_pass
-from tapt.core.views import generators, make_views
+from tapt.core.prompts import PromptConfig, init_prompts
+from tapt.core.settings import Settings
+from tapt.core.tuning import Clock, TuneConfig, views_per_pass
+from tapt.core.views import generators
+from tapt.defenses import ImageBatch, find_defenses
+from tapt.defenses.context import TptSettings, marginal_entropy, tune_context
+from tapt.defenses.tapt import Tapt, TaptSettings
+from tapt.defenses.text_prompts import Tpt
 from tapt.evaluation.plain import plain_tune
 from tapt.model import Selection
 from tapt.packs.backbones import load_backbone
-from tapt.packs.format import statistics_shapes
 
-PHASES = ("views", "text", "select", "gradient", "predict")
+FAST, SLOW = "fast", "straightforward"
 FAST_ALONE = 1000  # from this many classes on, the straightforward path needs about 47 GB
 EQUAL = 2e-2  # a step is lr * sign(gradient); where that is about 0, rounding decides the sign
+DIFFERENCE = "largest difference of the tuned logits"
+PHASES = ("views", "text", "select", "gradient", "predict")
 SPEED_SECONDS = 1.0
-RATIOS = {"time": "total", "memory": "peak", "memory_above_model": "above_model"}
-MEASURED = ("total", "class_list", "peak", "above_model")
+TEXT_TUNING, PLAIN = ("tpt", "rtpt"), "plain views + text step"  # which is all that they need
+SHARING, ENCODING = ("static", "ensemble", "tapt", "tapt-ensemble"), "one encoding of views"
+TOGETHER = " + ".join(SHARING)  # the last three see the same views under the same prompts
 
 
-@dataclass(frozen=True)
-class Job:
-    """One measurement: the fast path, or the straightforward one, on one image.
+class Job(Settings):
+    """One measurement. `what`: a path of TAPT's step, a defence, or what those stand beside."""
 
-    selection: precision in which the fast path selects its views.
-    """
-
-    backbone: str
-    design: str
-    classes: int
-    views: int
-    fast: bool = True
-    selection: Selection = "float32"
-    threads: int | None = None
-    device: str | None = None
+    backbone: str = Field("random:ViT-B-16", description="whose size counts")
+    design: Literal["V", "VLI", "VLJ"] = "VLI"
+    classes: int = Field(100, ge=2, le=1000, description="how many")
+    views: int = Field(64, ge=1, le=1024, description="the image and random crops of it")
+    selection: Selection = Field("float32", description="in which views are selected")
+    repeats: int = Field(1, ge=1, le=1000, description="runs of which the medians are shown")
+    threads: int | None = Field(None, ge=1, le=1024, description="default torch's choice")
+    device: str | None = Field(None, description="default: cuda, mps or cpu")
+    what: str = FAST
 
 
 def bench(
-    backbone: str = "random:ViT-B-16",
     *,
-    classes: Sequence[int] = (10, 100),
-    designs: Sequence[str] = ("V", "VLI"),
-    views: int = 64,
-    repeats: int = 1,
-    selection: Selection = "float32",
-    threads: int | None = None,
-    device: str | None = None,
+    defenses: Sequence[str] | None = None,
+    designs: Sequence[str] | None = None,
+    classes: Sequence[int] | None = None,
+    **options: Any,
 ) -> Iterator[dict[str, Any]]:
-    """Measures each design with each number of classes and yields a row: medians over the
-    repeats, ratios of both paths, and the floor that the machine's matrix products set.
+    """Measures each design with each number of classes and yields a row of medians and ratios.
+
+    defenses: names; None measures both paths of TAPT's step, and the floor that the machine's
+        matrix products set.
+    designs, classes: default V and VLI with 10 and 100; for defences VLI with 100.
+    options: fields of a `Job`.
 
     Raises:
         InputError: an argument is outside what is allowed; before any work.
         TaptError: there is not enough memory.
     """
-    TuneConfig(views=views)
+    names = defenses and [row.name for row in find_defenses(["clip", *defenses])]
+    designs = (["VLI"] if names else ["V", "VLI"]) if designs is None else designs
+    classes = ([100] if names else [10, 100]) if classes is None else classes
     if not designs or not classes:
         raise InputError("Give at least one design and one number of classes.")
-    for name, value in (("repeats", repeats), ("threads", threads)):
-        if value is not None and value < 1:
-            raise InputError(f"{name} must be at least 1, got {value}.")
-    for design in designs:
-        PromptConfig(design=design)
-    for count in classes:
-        if not 2 <= count <= 1000:
-            raise InputError(f"classes must be whole numbers from 2 to 1000, got {count}.")
-    jobs = [
-        Job(backbone, design, count, views, True, selection, threads, device)
-        for design, count in product(designs, classes)
+    each = product(designs, classes)
+    jobs = [Job(design=design, classes=count, **options) for design, count in each]
+    return (_row(job, names) for job in jobs)
+
+
+def _row(job: Job, defenses: Sequence[str] | None) -> dict[str, Any]:
+    if defenses is None:
+        wanted = [FAST, SLOW] if job.classes < FAST_ALONE else [FAST]
+    else:
+        wanted = [*defenses, PLAIN] if {*TEXT_TUNING} & {*defenses} else [*defenses]
+        wanted += [ENCODING, TOGETHER] if {*SHARING} <= {*defenses} else []
+    rounds = [  # in turn: the machine's speed may change
+        {what: _in_process(job.updated(what=what)) for what in wanted} for _ in range(job.repeats)
     ]
-    return (_row(job, repeats) for job in jobs)
+    return {
+        **job.model_dump(exclude={"what"}),
+        **rounds[0][wanted[0]]["used"],
+        "measured": _medians([{k: run["numbers"] for k, run in runs.items()} for runs in rounds]),
+        "ratios": _medians([_ratios(runs) for runs in rounds]),
+    }
+
+
+def _medians(values: Sequence[Any]) -> Any:
+    """Of numbers, or of those in dicts, by name."""
+    if isinstance(values[0], dict):
+        return {name: _medians([value[name] for value in values]) for name in values[0]}
+    return median(values)
+
+
+def _ratios(runs: dict[str, dict[str, Any]]) -> dict[str, float]:
+    """What is compared within one round."""
+    numbers = {what: run["numbers"] for what, run in runs.items()}
+    total, ratios = {what: each["total"] for what, each in numbers.items()}, {}
+    if FAST in runs:
+        floor = numbers[FAST]["flop"] / numbers[FAST]["flop_per_second"]
+        ratios[f"{FAST} / the floor of its matrix products"] = total[FAST] / floor
+    if SLOW in runs:
+        for name, key in (("seconds", "total"), ("memory", "peak"), ("memory above", "above")):
+            ratio = numbers[SLOW][key] / max(1e-9, numbers[FAST][key])
+            ratios[f"{SLOW} / {FAST}, {name}"] = ratio
+        one, other = (torch.tensor(runs[path]["logits"]) for path in (FAST, SLOW))
+        ratios[DIFFERENCE] = float((one - other).abs().max())
+    for name in (name for name in TEXT_TUNING if name in runs):
+        ratios[f"{name} / {PLAIN}"] = total[name] / total[PLAIN]
+    if TOGETHER in runs:
+        once = sum(total[name] for name in SHARING) - 2 * total[ENCODING]  # instead of three
+        ratios[f"{TOGETHER} / {ENCODING} + the rest of each"] = total[TOGETHER] / once
+    return ratios
 
 
 def _in_process(job: Job) -> dict[str, Any]:
@@ -104,141 +149,145 @@ def _in_process(job: Job) -> dict[str, Any]:
         try:
             return pool.submit(measure, job).result()
         except (BrokenProcessPool, torch.OutOfMemoryError) as error:
-            path = "fast" if job.fast else "straightforward"
             raise TaptError(
-                f"The {path} path of {job.design} with {job.classes} classes was stopped: most "
-                "likely there is not enough memory."
+                f"{job.what} ({job.design}, {job.classes} classes) was stopped: most likely there "
+                "is not enough memory."
             ) from error
 
 
-@dataclass(frozen=True, eq=False)
-class Case:
-    """One image with all that its tuning needs; `views` are (1, V, 3, S, S)."""
-
-    backbone: Backbone
-    prompts: Prompts
-    views: Tensor
-    texts: ClassTexts
-    statistics: Statistics
-    config: TuneConfig
-    selection_model: Backbone | None = None
-
-    def fast(self) -> tuple[Tensor, dict[str, float]]:
-        """Tuned logits (C,) and seconds per phase of the core's own path."""
-        view_logits, clock = None, Clock(self.backbone.device)
-        if self.selection_model is not None:
-            text = self.texts.features(self.backbone, self.prompts)
-            view_logits = encode_views(self.selection_model, self.prompts, self.views, text)
-            clock.lap("select")
-        parts = self.backbone, self.prompts, self.views, self.texts
-        tuned = tune(
-            *parts, statistics=self.statistics, config=self.config, view_logits=view_logits
-        )
-        tuned.seconds["select"] += clock.seconds.get("select", 0.0)
-        return tuned.logits[0], tuned.seconds
-
-
 def measure(job: Job) -> dict[str, Any]:
-    """Tunes one random image and reports seconds per phase, bytes, and the tuned logits."""
+    """One random image in this process: numbers, what was used, and tuned logits of a path."""
     from open_clip.zero_shot_metadata import IMAGENET_CLASSNAMES as NAMES
 
     if job.threads:
         torch.set_num_threads(job.threads)
     backbone, _ = load_backbone(job.backbone, device=job.device, dtype=torch.float32)
+    device, (generator,) = backbone.device, generators([0])
     depth = min(9, backbone.visual_blocks, backbone.text_blocks)
     prompts = init_prompts(backbone, PromptConfig(design=job.design, tokens=2, visual_depth=depth))
-    began = time.perf_counter()
-    texts = class_texts(backbone, NAMES[: job.classes], prompts.config, cut=job.fast)
-    class_list = time.perf_counter() - began
-    statistics = random_statistics(backbone, prompts)
-    selection = backbone.in_bfloat16() if job.fast and job.selection == "bfloat16" else None
-    speed = matrix_speed(backbone, SPEED_SECONDS)
+    shape = backbone.visual_blocks, backbone.image_tokens + 2, backbone.visual_width
+    target = TokenStatistics(torch.zeros(shape, device=device), torch.ones(shape, device=device))
+    parts = backbone, prompts, Statistics(target, target), tuple(NAMES[: job.classes])
+    fast = backbone.in_bfloat16() if job.selection == "bfloat16" and job.what != SLOW else None
+    clip = PromptedClip(*parts, selection_model=fast)
+    side = backbone.image_size
+    image = torch.rand(1, 3, side, side, generator=generator, device="cpu").to(device)
+    clip.vanilla(image)  # warms up
+    work = _measure_path if job.what in (FAST, SLOW) else _measure_defense
+    used = {"device": str(device), "threads": torch.get_num_threads(), "depth": depth}
+    return {"used": used, **work(job, clip, ImageBatch(image, [0]))}
 
-    memory = Memory(backbone.device)
-    began = time.perf_counter()
-    (generator,) = generators([0])
-    image = torch.rand(3, *[backbone.image_size] * 2, generator=generator, device="cpu")
-    views = make_views(image.to(backbone.device), job.views, generator=generator)[None]
-    making = time.perf_counter() - began
+
+def _measure_path(job: Job, clip: PromptedClip, batch: ImageBatch) -> dict[str, Any]:
+    fast, backbone = job.what == FAST, clip.backbone
+    speed = matrix_speed(backbone) if fast else 0.0
+    memory, clock = Memory(backbone.device), Clock(backbone.device)
+    views = batch.views(job.views)
+    clock.lap("views")
     config = TuneConfig(views=job.views)
-    case = Case(backbone, prompts, views, texts, statistics, config, selection)
-    parts = backbone, prompts, views[0], texts.tokens, statistics, config
-    logits, seconds = case.fast() if job.fast else plain_tune(*parts)
-    total, peak = time.perf_counter() - began, memory.peak()
-    return {
-        "seconds": {"views": making, **seconds},
-        "total": total,
-        "class_list": class_list,
-        "peak": peak,
-        "above_model": max(0, peak - memory.start),
-        "flop_per_second": numbers.mean((speed, matrix_speed(backbone, SPEED_SECONDS))),
-        "logits": logits.tolist(),
-        "depth": depth,
-        "threads": torch.get_num_threads(),
-        "device": str(backbone.device),
-        "flop": method_flop(case) if job.fast else None,
-    }
+    logits, phases = fast_tune(clip, batch, config) if fast else plain_tune(clip, views, config)
+    seconds = {phase: (clock.seconds | phases)[phase] for phase in PHASES}
+    numbers = {"seconds": seconds, "total": sum(seconds.values()), **memory.used()}
+    if fast:
+        numbers["flop_per_second"] = (speed + matrix_speed(backbone)) / 2
+        numbers["flop"] = method_flop(clip, batch, config)
+    return {"numbers": numbers, "logits": logits.tolist()}
 
 
-def random_statistics(backbone: Backbone, prompts: Prompts) -> Statistics:
-    """Numbers in [0, 1) instead of statistics, on the backbone's device."""
-    (generator,) = generators([1])
-    shapes = statistics_shapes(backbone.architecture, prompts.config).values()
-    values = [torch.rand(s, generator=generator, device="cpu").to(backbone.device) for s in shapes]
-    return Statistics(TokenStatistics(*values[:2]), TokenStatistics(*values[2:]))
+def fast_tune(
+    clip: PromptedClip, batch: ImageBatch, config: TuneConfig
+) -> tuple[Tensor, dict[str, float]]:
+    """Tuned logits (C,) of the batch's image, and seconds per phase, as the defence has them."""
+    clock = Clock(clip.backbone.device)
+    _ = clip.text_features  # made when first asked for
+    clock.lap("text")
+    batch.view_logits(clip, config.views, quiet)
+    clock.lap("select")
+    tuned = Tapt(clip, TaptSettings(**config.model_dump())).tune(batch, False, quiet)
+    seconds = {k: v + clock.seconds.get(k, 0.0) for k, v in tuned.seconds.items()}
+    return tuned.logits[0], seconds
 
 
-def matrix_speed(backbone: Backbone, seconds: float) -> float:
-    """FLOP/s of float32 matrix products in the shapes of the model's own image blocks."""
-    width, device = backbone.visual_width, backbone.device
-    rows = views_per_pass(backbone) * backbone.image_tokens
-    shapes = ((width, 3 * width), (width, width), (width, 4 * width), (4 * width, width))
-    pairs = [
-        (torch.rand(rows, i, device=device), torch.rand(i, o, device=device)) for i, o in shapes
-    ]
-    clock, rounds = Clock(device), 0
-    while clock.seconds.get("products", 0.0) < seconds:
-        for left, right in pairs:
-            left @ right
-        clock.lap("products" if rounds else "warm-up")
-        rounds += 1
-    return sum(2 * rows * i * o for i, o in shapes) * (rounds - 1) / clock.seconds["products"]
-
-
-def method_flop(case: Case) -> int:
-    """FLOP of the fast path's matrix products, counted on tensors without values.
-
-    The backbone of `case` is moved to the meta device and cannot be used afterwards.
-    """
-    tokens, fixed = case.texts.tokens.to("meta"), case.texts.fixed
-    empty = replace(
-        case,
-        backbone=replace(case.backbone, model=case.backbone.model.to("meta")),
-        prompts=case.prompts.map(lambda t: t.to("meta")),
-        views=case.views.to("meta"),
-        texts=replace(case.texts, tokens=tokens, fixed=None if fixed is None else fixed.to("meta")),
-        selection_model=None,
-    )
+def method_flop(clip: PromptedClip, batch: ImageBatch, config: TuneConfig) -> int:
+    """FLOP of the fast path's matrix products, counted on tensors without values: the backbone
+    is moved to the meta device and cannot be used afterwards."""
+    backbone = replace(clip.backbone, model=clip.backbone.model.to("meta"))
+    prompts = clip.prompts.map(lambda t: t.to("meta"))
+    empty = replace(clip, backbone=backbone, prompts=prompts, selection_model=None)
     with FlopCounterMode(display=False) as counter:
-        empty.fast()
+        fast_tune(empty, ImageBatch(batch.images.to("meta"), batch.seeds), config)
     return int(counter.get_total_flops())
 
 
+def matrix_speed(backbone: Backbone) -> float:
+    """FLOP/s of float32 matrix products in the shape of the widest ones of the image tower."""
+    rows, width = views_per_pass(backbone) * backbone.image_tokens, backbone.visual_width
+    left = torch.rand(rows, width, device=backbone.device)
+    right = torch.rand(width, 4 * width, device=backbone.device)
+    clock, rounds = Clock(backbone.device), 0
+    while clock.seconds.get("products", 0.0) < SPEED_SECONDS:
+        left @ right
+        clock.lap("products" if rounds else "warm-up")
+        rounds += 1
+    return 8 * rows * width**2 * (rounds - 1) / clock.seconds["products"]
+
+
+def _measure_defense(job: Job, clip: PromptedClip, batch: ImageBatch) -> dict[str, Any]:
+    work = _work(job, clip)
+    clip.static(batch.images)  # makes its class list ready
+    memory, clock = Memory(clip.backbone.device), Clock(clip.backbone.device)
+    for answer in work:
+        answer(batch)
+    clock.lap("total")
+    return {"numbers": {**clock.seconds, **memory.used()}}
+
+
+def _work(job: Job, clip: PromptedClip) -> list[Callable[[ImageBatch], object]]:
+    if job.what == ENCODING:
+        return [lambda batch: batch.view_logits(clip, job.views, quiet)]
+    if job.what == PLAIN:
+        return [partial(plain_tpt, Tpt(clip, TptSettings(views=job.views)))]
+    work: list[Callable[[ImageBatch], object]] = []
+    for row in find_defenses(SHARING if job.what == TOGETHER else [job.what]):
+        own = {"views": job.views} if "views" in row.settings.model_fields else {}
+        work.append(row.prepare(clip, row.settings(**own)).predict)
+    return work
+
+
+def plain_tpt(tpt: Tpt, batch: ImageBatch) -> None:
+    """What TPT and R-TPT cannot do without: open_clip's own pass over the views, and the step on
+    the text."""
+    backbone, (views,) = tpt.clip.backbone, batch.views(tpt.settings.views)
+    with torch.no_grad():
+        parts = backbone.normalize(views).split(views_per_pass(backbone))
+        features = normalize(torch.cat([backbone.model.encode_image(part) for part in parts]))
+    kept = features[None, : tpt.kept_count]
+    tune_context(backbone, tpt.texts, kept, marginal_entropy, tpt.settings, start=tpt.start)
+
+
+def quiet(done: int, total: int) -> None:
+    """Reports no progress."""
+
+
 class Memory:
-    """Bytes of this process, or of the CUDA device, when made (`start`) and at most since."""
+    """Bytes of this process, or of the CUDA device, from here on."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device if device.type == "cuda" else None
-        if self._cuda is not None:
-            torch.cuda.reset_peak_memory_stats(self._cuda)
+        self.device = device
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
         with contextlib.suppress(OSError):  # Linux forgets an earlier peak when asked so
             Path("/proc/self/clear_refs").write_text("5")
-        self.start = self.peak("VmRSS")
+        self.start = self._bytes("VmRSS")
 
-    def peak(self, key: str = "VmHWM") -> int:
-        """The most since then; 0 where the system does not say."""
-        if self._cuda is not None:
-            return torch.cuda.max_memory_allocated(self._cuda)
+    def used(self) -> dict[str, int]:
+        """The peak, and how far it is above the start; 0 where the system does not say."""
+        peak = self._bytes("VmHWM")
+        return {"peak": peak, "above": max(0, peak - self.start)}
+
+    def _bytes(self, key: str) -> int:
+        if self.device.type == "cuda":
+            return torch.cuda.max_memory_allocated(self.device)
         # not ru_maxrss: a new process inherits its parent's there
         with contextlib.suppress(OSError):
             for line in Path("/proc/self/status").read_text().splitlines():
@@ -247,82 +296,28 @@ class Memory:
         return 0
 
 
-def _row(job: Job, repeats: int) -> dict[str, Any]:
-    """Medians over the repeats; ratios are taken within one repeat."""
-    fast, slow = [], []
-    for _ in range(repeats):
-        fast.append(_in_process(job))
-        if job.classes < FAST_ALONE:
-            slow.append(_in_process(replace(job, fast=False)))
-    return {
-        **{k: getattr(job, k) for k in ("backbone", "design", "classes", "views", "selection")},
-        **{k: fast[0][k] for k in ("device", "threads", "depth", "flop")},
-        "repeats": repeats,
-        "fast": _medians(fast),
-        "straightforward": _medians(slow) if slow else None,
-        "ratios": _ratios(fast, slow) if slow else None,
-        "flop_per_second": numbers.median(r["flop_per_second"] for r in fast + slow),
-        "times_floor": numbers.median(f["total"] * f["flop_per_second"] / f["flop"] for f in fast),
-    }
-
-
-def _medians(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    seconds = {p: numbers.median(r["seconds"].get(p, 0.0) for r in runs) for p in PHASES}
-    return {"seconds": seconds, **{k: numbers.median(r[k] for r in runs) for k in MEASURED}}
-
-
-def _ratios(fast: Sequence[dict[str, Any]], slow: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    ratios = dict[str, Any]()
-    for name, key in RATIOS.items():
-        values = [s[key] / f[key] for f, s in zip(fast, slow, strict=True) if f[key]]
-        ratios[name] = numbers.median(values) if values else None
-    one, other = (torch.tensor([run["logits"] for run in runs]) for runs in (fast, slow))
-    return {**ratios, "largest_difference": float((one - other).abs().max())}  # NaN stays NaN
-
-
 def mistakes(rows: Sequence[dict[str, Any]]) -> list[str]:
     """A sentence for every row whose two paths differ by more than rounding explains."""
     return [
         f"{row['design']}, {row['classes']} classes: the tuned logits of both paths differ by "
-        f"{row['ratios']['largest_difference']:.3g}, more than {EQUAL}."
+        f"{row['ratios'][DIFFERENCE]:.3g}, more than {EQUAL}."
         for row in rows
-        if row["ratios"]
-        and row["selection"] == "float32"
-        and not row["ratios"]["largest_difference"] <= EQUAL
+        if row["selection"] == "float32" and not row["ratios"].get(DIFFERENCE, 0) <= EQUAL
     ]
 
 
-def table(rows: Sequence[dict[str, Any]]) -> str:
-    """The rows for people: seconds per phase, memory in GB, ratios of both paths."""
-    first = rows[0]
-    kind = "GPU memory" if first["device"].startswith("cuda") else "memory of the process"
-    selected = "" if first["selection"] == "float32" else ", views selected in bfloat16"
-    repeats = "" if first["repeats"] == 1 else f", medians of {first['repeats']} runs"
-    text = [
-        f"{first['backbone']} on {first['device']}, {first['threads']} threads, float32{selected}, "
-        f"{first['views']} views, n = 2, depth {first['depth']}{repeats}",
-        f"seconds per image; {kind} in GB: peak, and above the loaded model",
-        "",
-        f"{'design':<8}{'classes':<9}{'path':<16}"
-        + "".join(f"{title:>10}" for title in (*PHASES, "total", "peak", "above")),
-    ]
-    return "\n".join([*text, *(line for row in rows for line in _lines(row))])
-
-
-def _lines(row: dict[str, Any]) -> Iterator[str]:
-    for path in ("fast", "straightforward"):
-        if result := row[path]:
-            cells = [*(result["seconds"][phase] for phase in PHASES), result["total"]]
-            cells += [result[key] / 1e9 for key in ("peak", "above_model")]
-            start = f"{row['design']:<8}{row['classes']:<9}{path:<16}"
-            yield start + "".join(f"{cell:>10.2f}" for cell in cells)
-    if ratios := row["ratios"]:
-        known = [f"{k.replace('_', ' ')} {ratios[k]:.2f}" for k in RATIOS if ratios[k] is not None]
-        difference = f"tuned logits differ by at most {ratios['largest_difference']:.1e}"
-        yield f"  straightforward / fast: {', '.join(known)}; {difference}"
-    else:
-        yield f"  the straightforward path is left out from {FAST_ALONE} classes on"
-    yield (
-        f"  {row['flop'] / 1e12:.3g} TFLOP at {row['flop_per_second'] / 1e9:.3g} GFLOP/s of matrix "
-        f"products here: the fast path takes {row['times_floor']:.2f} times that floor"
-    )
+def table(row: dict[str, Any]) -> str:
+    """A row for people: seconds, memory in GB at its peak and above the loaded model, ratios."""
+    measured, clip = row["measured"], row["measured"].get("clip")
+    titles = [*(() if clip else PHASES), "total", *(["x clip"] if clip else []), "GB", "above"]
+    width = max(map(len, measured)) + 2
+    about = ", ".join(f"{k} {v}" for k, v in row.items() if k not in ("measured", "ratios"))
+    lines = [about, " " * width + "".join(f"{title:>10}" for title in titles)]
+    for what, numbers in measured.items():
+        cells = [*numbers.get("seconds", {}).values(), numbers["total"]]
+        cells += [numbers["total"] / clip["total"]] if clip else []
+        cells += [numbers["peak"] / 1e9, numbers["above"] / 1e9]
+        lines.append("".join([f"{what:<{width}}", *(f"{cell:>10.2f}" for cell in cells)]))
+    if FAST in measured and SLOW not in measured:
+        lines.append(f"  the straightforward path is left out from {FAST_ALONE} classes on")
+    return "\n".join([*lines, *(f"  {k}: {value:.3g}" for k, value in row["ratios"].items())])

@@ -12,28 +12,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from tapt.core.backbone import Backbone
-from tapt.core.losses import Statistics
-from tapt.core.prompts import Prompts
+from tapt.core.clip import PromptedClip
+from tapt.core.prompts import Prompts, class_texts
 from tapt.core.towers import encode_image, encode_text
 from tapt.core.tuning import Clock, TuneConfig
 
 
 def plain_tune(
-    backbone: Backbone,
-    prompts: Prompts,
-    views: Tensor,
-    tokens: Tensor,
-    statistics: Statistics,
-    config: TuneConfig,
+    clip: PromptedClip, views: Tensor, config: TuneConfig
 ) -> tuple[Tensor, dict[str, float]]:
-    """Tuned logits (C,) of one image, and seconds per phase.
-
-    views: (V, 3, S, S) in [0, 1]; view 0 is the image itself.
-    tokens: of the class sentences, (C, L).
-    """
-    design, depth = prompts.config, prompts.config.visual_depth
-    tensors = {name: t.clone().requires_grad_() for name, t in prompts.tensors.items()}
+    """Tuned logits (C,) of views (1, V, 3, S, S), the first of which is the image itself, and
+    seconds per phase."""
+    backbone, design, statistics = clip.backbone, clip.prompts.config, clip.statistics
+    assert statistics is not None
+    views, depth = views[0], design.visual_depth
+    tokens = class_texts(backbone, clip.classes, design, cut=False).tokens
+    tensors = {name: t.clone().requires_grad_() for name, t in clip.prompts.tensors.items()}
     moments = {name: [torch.zeros_like(t), torch.zeros_like(t)] for name, t in tensors.items()}
     current, clock = Prompts(design, tensors), Clock(backbone.device)
 
