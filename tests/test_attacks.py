@@ -18,7 +18,7 @@ from tapt.core.backbone import Backbone
 from tapt.core.clip import Classifier, FixedClassifier
 from tapt.core.errors import Cancelled, InputError
 from tapt.core.images import to_float
-from tapt.core.prompts import PromptConfig, class_texts, init_prompts, logits
+from tapt.core.prompts import class_texts
 
 ATTACK = Attack("pgd", 4 / 255, 5)
 
@@ -56,25 +56,20 @@ def labels(classifier: Classifier, pixels: Tensor) -> Tensor:
     return classifier(to_float(pixels)).argmax(-1)
 
 
-def probabilities(classifier: Classifier, pixels: Tensor, classes: Tensor) -> Tensor:
+def margins(classifier: Classifier, pixels: Tensor, labels: Tensor) -> Tensor:
+    """Logit of the true class above the best other one; negative where fooled."""
     with torch.no_grad():
-        every = classifier(to_float(pixels)).softmax(-1)
-    return every.gather(1, classes[:, None])[:, 0]
+        return margin(classifier(to_float(pixels)), labels)
 
 
-@pytest.mark.parametrize("epsilon", [1, 4, 16])
+@pytest.mark.parametrize("epsilon", [1, 16])
 @pytest.mark.parametrize("step_size", [None, 0.5], ids=["default-step", "huge-step"])
-def test_the_attacked_image_is_eight_bit_and_inside_the_ball(
+def test_the_attacked_image_fills_the_ball_and_stays_inside(
     classifier, pixels, labels, epsilon: int, step_size: float | None
 ):
     config = ATTACK.updated(epsilon=epsilon / 255, step_size=step_size)
-    given = pixels.clone()
     attacked = attack_images(classifier, pixels, labels, config)
-    assert attacked.dtype == torch.uint8
-    assert attacked.shape == pixels.shape
-    assert attacked.device == pixels.device
     assert linf_255(attacked, pixels).tolist() == [epsilon] * 4
-    assert torch.equal(pixels, given)
 
 
 def test_linf_counts_both_directions():
@@ -99,19 +94,12 @@ def test_every_whole_epsilon_is_exact():
     assert [Attack(epsilon=k / 255).epsilon_255 for k in range(1, 256)] == [*range(1, 256)]
 
 
-def test_a_seed_decides_and_the_global_state_stays(classifier, pixels, labels):
-    torch.manual_seed(1)
-    state = torch.get_rng_state()
-    one = attack_images(classifier, pixels, labels, ATTACK)
-    assert torch.equal(torch.get_rng_state(), state)
-    torch.manual_seed(2)
-    assert torch.equal(attack_images(classifier, pixels, labels, ATTACK), one)
-    other = attack_images(classifier, pixels, labels, ATTACK.updated(seed=1))
-    assert not torch.equal(other, one)
-    still = [
-        attack_images(classifier, pixels, labels, ATTACK.updated(seed=s, random_start=False))
-        for s in (0, 1)
-    ]
+def test_a_seed_decides(classifier, pixels, labels):
+    def attacked(**changes: object) -> Tensor:
+        return attack_images(classifier, pixels, labels, ATTACK.updated(**changes))
+
+    assert not torch.equal(attacked(seed=1), attacked(seed=0))
+    still = [attacked(seed=seed, random_start=False) for seed in (0, 1)]
     assert torch.equal(*still)
 
 
@@ -131,95 +119,13 @@ def test_it_is_projected_gradient_ascent(classifier, pixels, labels):
 
 
 def test_stronger_attacks_do_more(classifier, pixels, labels):
-    before = probabilities(classifier, pixels, labels)
-
     def after(epsilon: int, steps: int) -> Tensor:
-        config = Attack(epsilon=epsilon / 255, steps=steps)
-        attacked = attack_images(classifier, pixels, labels, config)
-        return probabilities(classifier, attacked, labels)
+        attack = Attack(epsilon=epsilon / 255, steps=steps)
+        return margins(classifier, attack_images(classifier, pixels, labels, attack), labels)
 
-    assert (after(1, 10) < before).all()
     assert (after(8, 10) < after(1, 10)).all()
     assert after(8, 10).mean() < after(8, 1).mean()
-    huge = attack_images(classifier, pixels, labels, Attack(epsilon=32 / 255, steps=20))
-    assert (classifier(to_float(huge)).argmax(-1) != labels).all()
-
-
-def test_a_target_is_approached(classifier, pixels, labels):
-    targets = (labels + 1) % len(TOY_CLASSES)
-    untargeted = attack_images(classifier, pixels, labels, ATTACK)
-    targeted = attack_images(classifier, pixels, labels, ATTACK, targets=targets)
-    clean = probabilities(classifier, pixels, targets)
-    assert (probabilities(classifier, targeted, targets) > clean).all()
-    assert (
-        probabilities(classifier, targeted, targets)
-        >= probabilities(classifier, untargeted, targets) - 1e-6
-    ).all()
-    third = (labels + 2) % len(TOY_CLASSES)
-    other = attack_images(classifier, pixels, labels, ATTACK, targets=third)
-    assert (
-        probabilities(classifier, other, third) > probabilities(classifier, targeted, third)
-    ).all()
-    assert linf_255(targeted, pixels).tolist() == [4] * 4
-
-
-def test_progress_counts_steps(classifier, pixels, labels):
-    calls: list[tuple[int, int]] = []
-    attack_images(classifier, pixels, labels, ATTACK, on_progress=lambda *call: calls.append(call))
-    assert calls == [(0, 5), (1, 5), (2, 5), (3, 5), (4, 5), (5, 5)]
-
-
-def test_the_progress_callback_stops_it_and_leaves_nothing_behind(classifier, pixels, labels):
-    expected = attack_images(classifier, pixels, labels, ATTACK)
-    state = torch.get_rng_state()
-    calls = []
-
-    def report(done: int, total: int) -> None:
-        calls.append(done)
-        if done == 2:
-            raise Cancelled("Stopped.")
-
-    with pytest.raises(Cancelled):
-        attack_images(classifier, pixels, labels, ATTACK, on_progress=report)
-    assert calls == [0, 1, 2]
-    assert torch.equal(torch.get_rng_state(), state)
-    assert not classifier.backbone.model.training
-    assert torch.equal(attack_images(classifier, pixels, labels, ATTACK), expected)
-
-
-def test_the_model_stays_in_eval_mode_without_gradients(toy, classifier, pixels, labels):
-    attack_images(classifier, pixels, labels, ATTACK)
-    assert not any(m.training for m in classifier.modules())
-    assert all(p.grad is None and not p.requires_grad for p in toy.model.parameters())
-
-
-def test_two_threads_at_once_get_what_one_gets(classifier, pixels, labels):
-    configs = [ATTACK.updated(seed=seed) for seed in (3, 4)]
-    expected = [attack_images(classifier, pixels, labels, c) for c in configs]
-    results: list[Tensor | None] = [None, None]
-    barrier = threading.Barrier(2)
-
-    def work(index: int) -> None:
-        barrier.wait(timeout=60)
-        results[index] = attack_images(classifier, pixels, labels, configs[index])
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=60)
-    for result, wanted in zip(results, expected, strict=True):
-        same = (result == wanted).float().mean()
-        assert float(same) > 0.999  # a thread may add in another order
-
-
-def test_it_works_inside_no_grad_and_under_another_default_device(classifier, pixels, labels):
-    expected = attack_images(classifier, pixels, labels, ATTACK)
-    with torch.device("meta"), torch.no_grad():
-        inside = attack_images(classifier, pixels, labels, ATTACK)
-        largest = linf_255(inside, pixels)
-    assert largest.tolist() == [4] * 4
-    assert float((inside == expected).float().mean()) > 0.999
+    assert (after(32, 20) < 0).all()
 
 
 def test_other_types_than_float32_are_refused(toy_folder: Path, pixels, labels):
@@ -229,28 +135,8 @@ def test_other_types_than_float32_are_refused(toy_folder: Path, pixels, labels):
         attack_images(classifier, pixels, labels, ATTACK)
 
 
-def test_the_classifier_runs_with_prompts(toy: Backbone, pixels: Tensor):
-    config = PromptConfig("VLI", 2, 3)
-    prompts = init_prompts(toy, config)
-    features = class_texts(toy, TOY_CLASSES, config).features(toy, prompts)
-    prompted = FixedClassifier(toy, features, prompts)
-    expected = logits(toy, to_float(pixels), features, prompts)
-    assert torch.equal(prompted(to_float(pixels)), expected.detach())
-    labels = expected.argmax(-1)
-    attacked = attack_images(prompted, pixels, labels, ATTACK.updated(epsilon=16 / 255))
-    assert (
-        probabilities(prompted, attacked, labels) < probabilities(prompted, pixels, labels)
-    ).all()
-
-
 SHORT = {"cw": 25, "square": 40, "autoattack": 2}
 EVERY = [Attack(name, 8 / 255, SHORT.get(name, 10)) for name in METHODS]
-
-
-def margins(classifier: Classifier, pixels: Tensor, labels: Tensor) -> Tensor:
-    """Logit of the true class above the best other one; negative where fooled."""
-    with torch.no_grad():
-        return margin(classifier(to_float(pixels)), labels)
 
 
 @pytest.fixture(params=EVERY, ids=lambda attack: attack.name)
@@ -259,12 +145,14 @@ def attack(request: pytest.FixtureRequest) -> Attack:
 
 
 def test_every_attack_hurts_inside_its_ball(attack, classifier, pixels, labels):
-    """And neither reads nor moves the global random state."""
+    """And leaves model, images and the global random state alone."""
     state, given = torch.get_rng_state(), pixels.clone()
     attacked = attack_images(classifier, pixels, labels, attack)
-    assert attacked.dtype == torch.uint8
+    assert (attacked.dtype, attacked.shape) == (torch.uint8, pixels.shape)
     assert torch.equal(pixels, given)
     assert torch.equal(torch.get_rng_state(), state)
+    assert not any(m.training for m in classifier.modules())
+    assert all(p.grad is None and not p.requires_grad for p in classifier.parameters())
     before, after = (margins(classifier, x, labels) for x in (pixels, attacked))
     if attack.name == "cw":  # leaves an image that it cannot fool
         assert (after <= before).all()
@@ -273,8 +161,6 @@ def test_every_attack_hurts_inside_its_ball(attack, classifier, pixels, labels):
         assert (after < before).all()
     if attack.method.norm == "Linf":
         assert linf_255(attacked, pixels).max() <= 8
-    torch.manual_seed(9)
-    assert torch.equal(attack_images(classifier, pixels, labels, attack), attacked)
 
 
 def test_an_image_is_attacked_the_same_whatever_batch_it_is_in(attack, classifier, pixels, labels):
@@ -291,7 +177,8 @@ def test_an_image_is_attacked_the_same_whatever_batch_it_is_in(attack, classifie
         assert not torch.equal(batch[0], batch[4])
 
 
-def test_another_thread_that_seeds_and_draws_changes_nothing(attack, classifier, pixels, labels):
+def test_nothing_outside_changes_an_attack(attack, classifier, pixels, labels):
+    """Neither another seed, `no_grad` and default device, nor a thread that seeds and draws."""
     attack = attack.updated(steps=min(attack.budget_steps, 5))
     expected = attack_images(classifier, pixels, labels, attack)
     done = threading.Event()
@@ -304,11 +191,12 @@ def test_another_thread_that_seeds_and_draws_changes_nothing(attack, classifier,
     thread = threading.Thread(target=disturb)
     thread.start()
     try:
-        attacked = attack_images(classifier, pixels, labels, attack)
+        with torch.device("meta"), torch.no_grad():
+            attacked = attack_images(classifier, pixels, labels, attack)
     finally:
         done.set()
         thread.join(timeout=60)
-    assert torch.equal(attacked, expected)
+    assert float((attacked == expected).float().mean()) > 0.999  # sums may round differently
 
 
 def test_every_attack_aims_at_a_class_or_says_that_it_cannot(attack, classifier, pixels, labels):
@@ -324,20 +212,20 @@ def test_every_attack_aims_at_a_class_or_says_that_it_cannot(attack, classifier,
 
 
 def test_every_attack_counts_up_and_stops_at_once(attack, classifier, pixels, labels):
+    attack = attack.updated(steps=min(attack.budget_steps, 5))
     calls: list[tuple[int, int]] = []
 
     def report(done: int, total: int) -> None:
         calls.append((done, total))
-        if stop is not None and done == stop:
+        if done == stop:
             raise Cancelled("Stopped.")
 
-    stop = None
+    stop = -1
     attack_images(classifier, pixels, labels, attack, on_progress=report)
     done, totals = zip(*calls, strict=True)
     assert len(set(totals)) == 1
     assert list(done) == sorted(done)
-    assert done[0] == 0
-    assert done[-1] == totals[0]
+    assert (done[0], done[-1]) == (0, totals[0])
     calls.clear()
     stop, state = 3, torch.get_rng_state()
     with pytest.raises(Cancelled):
@@ -346,16 +234,7 @@ def test_every_attack_counts_up_and_stops_at_once(attack, classifier, pixels, la
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_every_attack_runs_inside_no_grad_under_another_default_device(
-    attack, classifier, pixels, labels
-):
-    expected = attack_images(classifier, pixels, labels, attack)
-    with torch.device("meta"), torch.no_grad():
-        inside = attack_images(classifier, pixels, labels, attack)
-    assert float((inside == expected).float().mean()) > 0.999
-
-
-@pytest.mark.parametrize("count", [2, 3, 4, 10])
+@pytest.mark.parametrize("count", [2, 10])
 def test_autoattack_works_with_few_classes_and_beats_pgd(toy: Backbone, pixels: Tensor, count: int):
     names = [f"class {i}" for i in range(count)]
     classifier = FixedClassifier(toy, class_texts(toy, names).fixed)
@@ -436,6 +315,7 @@ def test_autoattack_has_full_budgets(classifier, monkeypatch):
 
 
 def test_cw_reports_its_own_size(classifier, pixels, labels):
+    """And moves white, which is at infinity in the tanh space of the original attack."""
     attack = Attack("cw", steps=40)
     assert attack.epsilon_255 is None
     assert attack.to_dict()["epsilon"] is None
@@ -444,13 +324,9 @@ def test_cw_reports_its_own_size(classifier, pixels, labels):
     assert (l2_norm(attacked, pixels) > 0).all()
     whole_ball = attack_images(classifier, pixels, labels, Attack(epsilon=8 / 255))
     assert (l2_norm(attacked, pixels) < l2_norm(whole_ball, pixels)).all()
-
-
-def test_cw_moves_black_and_white(classifier, pixels, labels):
-    """Exact 0 and 1 are at infinity in the tanh space of the original attack."""
-    white = torch.full_like(pixels, 255)
+    white = torch.full_like(pixels[:1], 255)
     labels = classifier(to_float(white)).argmax(-1)
-    attacked = attack_images(classifier, white, labels, Attack("cw", steps=40))
+    attacked = attack_images(classifier, white, labels, attack)
     assert (margins(classifier, attacked, labels) < 0).all()
 
 
