@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +27,7 @@ import pytest
 import torch
 from example_defense import FLIPS
 from loopback import LoopbackHub
+from PIL import Image
 from safetensors.torch import save_file
 
 from tapt.core.backbone import Backbone
@@ -135,6 +136,29 @@ def toy_model(backbone: Backbone, design: str = "VLI", **changes: object) -> Mod
     return Model(backbone, replace(pack, **changes))
 
 
+@pytest.fixture(scope="session")
+def clip(toy: Backbone) -> PromptedClip:
+    return toy_clip(toy)
+
+
+@pytest.fixture(scope="session")
+def model(toy: Backbone) -> Model:
+    return toy_model(toy)
+
+
+def write_noise(
+    folder: Path, seed: int = 0, *, classes: Sequence[str] = TOY_CLASSES, count: int = 2
+) -> Path:
+    """Class folders with a few pictures each."""
+    random = np.random.RandomState(seed)
+    for name in classes:
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = random.randint(0, 256, (32, 32, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+    return folder
+
+
 @pytest.fixture
 def flips(monkeypatch: pytest.MonkeyPatch) -> Defense:
     """The example defence, registered."""
@@ -215,15 +239,7 @@ def serving(folder: Path, *options: str, **settings: str) -> Iterator[str]:
     own = {"GRADIO_TEMP_DIR": str(folder / "uploads"), **settings}
     with open(folder / "log.txt", "w+") as log:
         process = subprocess.Popen(
-            [
-                sys.executable,
-                str(ROOT / "app.py"),
-                "--port",
-                str(port),
-                "--device",
-                "cpu",
-                *options,
-            ],
+            [sys.executable, ROOT / "app.py", "--port", str(port), "--device", "cpu", *options],
             cwd=folder,
             env={**os.environ, **own},
             stdout=log,

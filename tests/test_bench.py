@@ -35,9 +35,9 @@ def rows_of(folder: Path, **options: object) -> list[dict]:
 
 @pytest.mark.usefixtures("quick")
 def test_both_paths_and_their_table(toy_folder: Path):
-    rows = rows_of(toy_folder, classes=(3, 9), designs=("VLI",), repeats=2)
+    rows = rows_of(toy_folder, classes=(3, 9), designs=("VLI",))
     few, many = json.loads(json.dumps(rows))
-    assert [few[k] for k in ("design", "classes", "repeats", "depth")] == ["VLI", 3, 2, 3]
+    assert [few[k] for k in ("design", "classes", "repeats", "depth")] == ["VLI", 3, 1, 3]
     for numbers in few["measured"].values():
         assert list(numbers["seconds"]) == list(PHASES)
         assert numbers["total"] == pytest.approx(sum(numbers["seconds"].values()), rel=0.5)
@@ -74,7 +74,8 @@ def test_different_results_are_a_mistake(toy_folder: Path, monkeypatch):
         return {**run, "logits": [x + 0.1 * (job.what == "fast") for x in run["logits"]]}
 
     monkeypatch.setattr(module, "_in_process", off)
-    (sentence,) = module.mistakes(rows_of(toy_folder))
+    (row,) = rows_of(toy_folder, repeats=2)
+    (sentence,) = module.mistakes([row])
     assert "differ by 0.1, more than 0.02" in sentence
 
 

@@ -10,7 +10,6 @@ import torch
 from conftest import TOY_CLASSES, toy_clip
 from torch import Tensor
 
-from tapt.core.backbone import Backbone
 from tapt.core.clip import PromptedClip
 from tapt.core.errors import Cancelled, InputError
 from tapt.core.losses import entropy
@@ -28,11 +27,6 @@ from tapt.defenses import (
 
 SMALL = {"views": 8, "keep": 0.25, "lr": 0.02}
 SEEDS = [5, 9, 2]
-
-
-@pytest.fixture(scope="module")
-def clip(toy: Backbone) -> PromptedClip:
-    return toy_clip(toy)
 
 
 @pytest.fixture(scope="module")
@@ -177,12 +171,15 @@ def test_a_random_start_is_that_of_the_published_code(clip, images):
     assert not torch.allclose(one, other, atol=1e-3)
 
 
-def test_without_statistics_everything_works(clip, images):
-    bare = replace(clip, statistics=None)
-    for name in ("static", "ensemble", "tapt"):
-        prediction = answer(prepared(bare, name), images)
-        torch.testing.assert_close(prediction.probabilities.sum(-1), torch.ones(3))
-    assert prediction.trace["before"]["clean"] is None
+@pytest.mark.parametrize("design", ["V", "VLI", "VLJ"])
+def test_any_design_without_statistics(toy, clip, images, design):
+    """Those that use no prompts answer the same whatever they are."""
+    bare = replace(toy_clip(toy, design), statistics=None)
+    for row in find_defenses(list_defenses()):
+        one, other = (answer(prepared(c, row.name), images) for c in (bare, clip))
+        assert one.probabilities.isfinite().all()
+        assert row.uses_prompts or torch.equal(one.probabilities, other.probabilities)
+        assert row.name != "tapt" or one.trace["before"]["clean"] is None
 
 
 def test_only_selection_is_done_by_the_selection_model(toy, images):

@@ -16,7 +16,6 @@ from PIL import Image
 import tapt.model
 from tapt.comparison import Answer, Answers, Comparison, attacked_title
 from tapt.core.attacks import Attack, attack_images
-from tapt.core.backbone import Backbone
 from tapt.core.errors import BackboneError, InputError, PackError
 from tapt.core.images import to_float, to_uint8
 from tapt.core.tuning import TuneConfig, tune
@@ -27,11 +26,6 @@ from tapt.model import Model, attack_batch, load
 from tapt.packs.format import save_pack
 
 ATTACK = Attack(epsilon=8 / 255, steps=3)
-
-
-@pytest.fixture(scope="module")
-def model(toy: Backbone) -> Model:
-    return toy_model(toy)
 
 
 @pytest.fixture(scope="module")

@@ -17,15 +17,10 @@ from tapt.core.towers import encode_image, encode_text
     [
         ({"design": "W"}, ["design", "V, VLI, VLJ", "'W'"]),
         ({"tokens": 0}, ["tokens", "from 1 to 1000", "0"]),
-        ({"tokens": 10**9}, ["tokens", "from 1 to 1000", "1000000000"]),
-        ({"tokens": True}, ["tokens", "whole number", "True"]),
-        ({"tokens": "2"}, ["tokens", "whole number", "'2'"]),
-        ({"visual_depth": 1.5}, ["visual_depth", "whole number", "1.5"]),
         ({"text_depth": 0}, ["text_depth", "whole number", "0"]),
         ({"design": "V", "template": "a cat"}, ["template", "one {}", "'a cat'"]),
         ({"design": "V", "template": "{} and {}"}, ["template", "one {}", "'{} and {}'"]),
         ({"template": None}, ["template", "text", "None"]),
-        ({"context": 5}, ["context", "text", "5"]),
         ({"context": "photo", "tokens": 2}, ["context", "'photo'", "2 prompt tokens"]),
     ],
 )
@@ -42,32 +37,26 @@ def test_a_depth_beyond_the_backbone_is_refused(toy: Backbone, field: str):
         init_prompts(toy, config)
 
 
-def test_shapes_with_different_depths_per_tower(toy: Backbone):
+@pytest.mark.parametrize(
+    ("design", "visual_depth", "text_depth"),
+    [("V", 2, None), ("VLI", 2, 3), ("VLI", 3, None), ("VLJ", 3, 1), ("VLJ", 1, 3)],
+)
+def test_shapes_with_different_depths_per_tower(toy: Backbone, design, visual_depth, text_depth):
     image, text = toy.visual_width, toy.text_width  # 64, 32: a swapped tower would show
-    shapes = {
-        ("V", 2, None): {"visual": (2, 3, image)},
-        ("VLI", 2, 3): {"visual": (2, 3, image), "text": (3, 3, text)},
-        ("VLI", 3, None): {"visual": (3, 3, image), "text": (3, 3, text)},
-        ("VLJ", 3, 1): {
+    prompts = init_prompts(toy, PromptConfig(design, 3, visual_depth, text_depth))
+    visual, sets = (visual_depth, 3, image), (text_depth or visual_depth, 3, text)
+    expected = {
+        "V": {"visual": visual},
+        "VLI": {"visual": visual, "text": sets},
+        "VLJ": {
             "text": (3, 3, text),
-            "projection.weight": (3, image, text),
-            "projection.bias": (3, image),
+            "projection.weight": (visual_depth, image, text),
+            "projection.bias": (visual_depth, image),
         },
-        ("VLJ", 1, 3): {
-            "text": (3, 3, text),
-            "projection.weight": (1, image, text),
-            "projection.bias": (1, image),
-        },
-    }
-    for (design, visual_depth, text_depth), expected in shapes.items():
-        config = PromptConfig(design, 3, visual_depth, text_depth)
-        prompts = init_prompts(toy, config)
-        assert {k: tuple(v.shape) for k, v in prompts.tensors.items()} == expected
-        assert prompts.visual().shape == (visual_depth, 3, image)
-        if design == "V":
-            assert prompts.text() is None
-        else:
-            assert prompts.text().shape == (text_depth or visual_depth, 3, text)
+    }[design]
+    assert {k: tuple(v.shape) for k, v in prompts.tensors.items()} == expected
+    assert prompts.visual().shape == visual
+    assert prompts.text() is None if design == "V" else prompts.text().shape == sets
 
 
 def test_joint_visual_prompts_are_linear_maps_of_the_text_prompts(toy: Backbone):
@@ -119,23 +108,17 @@ def test_more_than_four_tokens_use_placeholders_and_random_vectors(toy: Backbone
     assert 0.015 < float(first.std()) < 0.025
 
 
-def test_a_seed_decides_the_start(toy: Backbone):
+def test_a_seed_decides_the_start_behind_the_words(toy: Backbone):
     config = PromptConfig("VLJ", 2, 3)
     one, same, other = (init_prompts(toy, config, seed=seed) for seed in (1, 1, 2))
     for name, tensor in one.tensors.items():
         assert torch.equal(tensor, same.tensors[name])
         assert not torch.equal(tensor, other.tensors[name])
+    assert torch.equal(one.tensors["text"][0], other.tensors["text"][0])
     bound = toy.text_width**-0.5
     for name in ("projection.weight", "projection.bias"):
         assert one.tensors[name].abs().max() <= bound
         assert one.tensors[name].std() > bound / 2.5
-
-
-def test_every_seed_keeps_the_word_vectors(toy: Backbone):
-    config = PromptConfig("VLI", 2, 3)
-    start, other = init_prompts(toy, config, seed=0), init_prompts(toy, config, seed=5)
-    assert torch.equal(start.tensors["text"][0], other.tensors["text"][0])
-    assert not torch.equal(start.tensors["text"][1], other.tensors["text"][1])
 
 
 def test_sentences():
@@ -148,11 +131,6 @@ def test_sentences():
     assert PromptConfig("V", template="{} {0}").sentences(["cat"]) == ["cat {0}"]
     assert PromptConfig("VLI", 2).sentences(names)[0] == "a photo of a sports car."
     assert PromptConfig("VLI", 2, context="an x-ray").sentences(["hand"]) == ["an x-ray hand."]
-
-
-def test_the_config_survives_json(toy: Backbone):
-    for config in (PromptConfig("V", 3, 2), PromptConfig("VLI", 5, 2, 3), PromptConfig("VLJ")):
-        assert PromptConfig(**config.model_dump(mode="json")) == config
 
 
 def test_class_texts_are_fixed_for_v_and_follow_the_prompts_otherwise(toy: Backbone):
@@ -182,15 +160,6 @@ def test_logits_are_scaled_cosines(toy: Backbone):
     )
     expected = scale * image_features @ text_features.T
     torch.testing.assert_close(logits(toy, pixels, texts.fixed), expected, atol=1e-4, rtol=0)
-
-
-def test_logits_of_groups_pair_images_with_their_own_text(toy: Backbone):
-    generator = torch.Generator().manual_seed(4)
-    features = torch.randn(6, 32, generator=generator)
-    text = torch.nn.functional.normalize(torch.randn(2, 3, 32, generator=generator), dim=-1)
-    both = image_logits(toy, features, text)
-    torch.testing.assert_close(both[:3], image_logits(toy, features[:3], text[0]))
-    torch.testing.assert_close(both[3:], image_logits(toy, features[3:], text[1]))
 
 
 def test_prompts_change_the_logits(toy: Backbone):

@@ -9,45 +9,20 @@ import pytest
 from tapt.evaluation.outcomes import Outcome, Outcomes, averages, mcnemar, wilson
 from tapt.evaluation.report import epsilon_figure, report
 
+PGD = {"attacked_model": "static", "attack": "pgd", "epsilon_255": 1, "steps": 5}
+
 
 def outcome(image: int, tapt: float = 0.0, **changes: object) -> Outcome:
-    values = {
-        "dataset": "d",
-        "attacked_model": "static",
-        "attack": "pgd",
-        "epsilon_255": 1,
-        "steps": 5,
-        "image": image,
-        "label": 0,
-        "answers": {},
-        "right": {"tapt": tapt},
-        "linf_255": 1,
-        "l2": 0.5,
-        "budget": "5 steps",
-        "seconds": {"tapt": 1.0, "clip": 1.0},
-        "attack_seconds": 2.0,
-    }
-    return Outcome(**{**values, **changes})
+    values = {"dataset": "d", **PGD, "image": image, "label": 0, "answers": {}, "linf_255": 1}
+    values |= {"l2": 0.5, "budget": "5 steps", "right": {"tapt": tapt}, "attack_seconds": 2.0}
+    return Outcome(**{**values, "seconds": {"tapt": 1.0, "clip": 1.0}, **changes})
 
 
 def row(dataset: str, right: int, n: int, **changes: object) -> dict:
     interval = list(wilson(right, n))
-    values = {
-        "dataset": dataset,
-        "defense": "tapt",
-        "attacked_model": "static",
-        "attack": "pgd",
-        "epsilon_255": 1,
-        "steps": 5,
-        "n": n,
-        "clean_accuracy": right / n,
-        "clean_ci95": interval,
-        "accuracy": right / n,
-        "ci95": interval,
-        "seconds_per_image": 1.0,
-        "budget": "5 steps",
-    }
-    return {**values, **changes}
+    values = {"dataset": dataset, "defense": "tapt", **PGD, "n": n, "seconds_per_image": 1.0}
+    values |= {"accuracy": right / n, "ci95": interval, "budget": "5 steps"}
+    return {**values, "clean_accuracy": right / n, "clean_ci95": interval, **changes}
 
 
 def test_the_later_of_two_outcomes_counts():

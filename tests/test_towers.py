@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from pathlib import Path
 
 import open_clip
@@ -136,16 +135,9 @@ def test_cut_sentences_have_the_same_features(variant):
         assert torch.equal(whole, cut)
         return
     assert cut.shape[1] == 11  # SOS, nine tokens of the longest sentence, EOT
-    torch.testing.assert_close(
-        encode_text(backbone, cut), encode_text(backbone, whole), atol=1e-5, rtol=0
-    )
-    prompts = random(2, 2, backbone.text_width)
-    torch.testing.assert_close(
-        encode_text(backbone, cut, prompts),
-        encode_text(backbone, whole, prompts),
-        atol=1e-5,
-        rtol=0,
-    )
+    for prompts in (None, random(2, 2, backbone.text_width)):
+        features = (encode_text(backbone, tokens, prompts) for tokens in (cut, whole))
+        torch.testing.assert_close(*features, atol=1e-5, rtol=0)
 
 
 def test_visual_prompts_stand_behind_the_patches_and_are_replaced_per_block(variant):
@@ -157,6 +149,8 @@ def test_visual_prompts_stand_behind_the_patches_and_are_replaced_per_block(vari
     pixels = images(2)
     features, hidden = encode_image(backbone, pixels, prompts, hidden=range(len(blocks)))
     assert [t.shape for t in hidden] == [(2, backbone.image_tokens + n, backbone.visual_width)] * 3
+    _, some = encode_image(backbone, pixels, prompts, hidden=(0, 2))
+    assert [torch.equal(*pair) for pair in zip(some, hidden[::2], strict=True)] == [True, True]
 
     first = visual.ln_pre(prompts[0]).expand(2, -1, -1)
     embedded = visual._embeds(backbone.normalize(pixels))
@@ -172,28 +166,17 @@ def test_visual_prompts_stand_behind_the_patches_and_are_replaced_per_block(vari
     assert torch.equal(features, pooled @ visual.proj)
 
 
-def test_hidden_states_of_the_blocks_that_were_asked_for(toy: Backbone):
-    prompts = random(3, 2, toy.visual_width)
-    _, every = encode_image(toy, images(2), prompts, hidden=range(3))
-    _, some = encode_image(toy, images(2), prompts, hidden=(0, 2))
-    assert len(some) == 2
-    assert torch.equal(some[0], every[0])
-    assert torch.equal(some[1], every[2])
-
-
-@contextlib.contextmanager
-def text_inputs(backbone: Backbone):
-    """Records the input of every text block."""
+def text_inputs(backbone: Backbone, *arguments: Tensor) -> list[Tensor]:
+    """The input of every text block."""
     seen: list[Tensor] = []
     hooks = [
         block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         for block in backbone.text.transformer.resblocks
     ]
-    try:
-        yield seen
-    finally:
-        for hook in hooks:
-            hook.remove()
+    encode_text(backbone, *arguments)
+    for hook in hooks:
+        hook.remove()
+    return seen
 
 
 def test_text_prompts_take_the_places_behind_sos_and_only_the_first_get_positions(variant):
@@ -201,10 +184,7 @@ def test_text_prompts_take_the_places_behind_sos_and_only_the_first_get_position
     depth, n = 2, 2
     prompts = random(depth, n, backbone.text_width)
     tokens = backbone.tokenize(SENTENCES)
-    with text_inputs(backbone) as plain:
-        encode_text(backbone, tokens)
-    with text_inputs(backbone) as seen:
-        encode_text(backbone, tokens, prompts)
+    plain, seen = text_inputs(backbone, tokens), text_inputs(backbone, tokens, prompts)
     positions = backbone.text.positional_embedding[1 : 1 + n]
     for item in range(len(SENTENCES)):
         assert torch.equal(seen[0][item, 1 : 1 + n], prompts[0] + positions)

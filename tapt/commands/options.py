@@ -17,7 +17,7 @@ from tapt.core.attacks import METHODS, Attack
 from tapt.core.backbone import Backbone
 from tapt.core.errors import InputError
 from tapt.core.settings import Settings, plain_type, rule
-from tapt.defenses import Defense, all_defenses
+from tapt.defenses import all_defenses
 from tapt.files import check_output
 from tapt.model import Model, Selection, load
 from tapt.packs.backbones import load_backbone, usable_device
@@ -134,9 +134,9 @@ def add_test_time(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
         "test-time settings", "for every defence that has them; default: the pack's own"
     )
-    for option, rows in _test_time().items():
-        with suppress(argparse.ArgumentError):  # the command's own option: `--set` is left
-            _add_option(group, option, rows[0][2], dest=f"setting{option}", show_default=False)
+    for option, field in _test_time().values():
+        with suppress(argparse.ArgumentError):  # there already; the command's own leaves `--set`
+            _add_option(group, option, field, dest=f"setting{option}", show_default=False)
     group.add_argument(
         "--set",
         action="append",
@@ -152,34 +152,27 @@ def test_time(args: argparse.Namespace) -> dict[str, Any]:
     Raises:
         InputError: `--set` names no setting, or a value is outside its range.
     """
-    fields: dict[str, FieldInfo] = {}
-    changes: dict[str, Any] = {}
-    for option, rows in _test_time().items():
-        value = getattr(args, f"setting{option}", None)
-        for row, name, field in rows:
-            fields[f"{row.name}.{name}"] = field
-            if value is not None:
-                changes[f"{row.name}.{name}"] = value
+    known = _test_time()
+    values = {key: getattr(args, f"setting{option}", None) for key, (option, _) in known.items()}
+    changes = {key: value for key, value in values.items() if value is not None}
     for text in args.set:
         key, _, value = text.partition("=")
-        if key not in fields or not value:
-            raise InputError(
-                f"--set takes DEFENCE.NAME=VALUE of {', '.join(fields)}; got {text!r}."
-            )
-        changes[key] = value_of(fields[key], value)
+        if key not in known or not value:
+            raise InputError(f"--set takes DEFENCE.NAME=VALUE of {', '.join(known)}; got {text!r}.")
+        changes[key] = value_of(known[key][1], value)
     for row in all_defenses():  # a value that is out of range ends here, before any work
         own = {k.partition(".")[2]: v for k, v in changes.items() if k.startswith(f"{row.name}.")}
         row.settings(**own)
     return changes
 
 
-def _test_time() -> dict[str, list[tuple[Defense, str, FieldInfo]]]:
-    """The settings that stand behind each option."""
-    options: dict[str, list[tuple[Defense, str, FieldInfo]]] = {}
-    for row in all_defenses():
-        for name, field in row.settings.model_fields.items():
-            options.setdefault(option_name(name, field), []).append((row, name, field))
-    return options
+def _test_time() -> dict[str, tuple[str, FieldInfo]]:
+    """Every setting of the registered defences, `DEFENCE.NAME`, with its option."""
+    return {
+        f"{row.name}.{name}": (option_name(name, field), field)
+        for row in all_defenses()
+        for name, field in row.settings.model_fields.items()
+    }
 
 
 def add_attack_options(parser: argparse.ArgumentParser, *fields: str) -> None:

@@ -168,36 +168,55 @@ def measure(job: Job) -> dict[str, Any]:
     shape = backbone.visual_blocks, backbone.image_tokens + 2, backbone.visual_width
     target = TokenStatistics(torch.zeros(shape, device=device), torch.ones(shape, device=device))
     parts = backbone, prompts, Statistics(target, target), tuple(NAMES[: job.classes])
-    fast = backbone.in_bfloat16() if job.selection == "bfloat16" and job.what != SLOW else None
-    clip = PromptedClip(*parts, selection_model=fast)
+    clip = PromptedClip(*parts)
+    if job.selection == "bfloat16" and job.what != SLOW:
+        clip = replace(clip, selection_model=backbone.in_bfloat16())
     side = backbone.image_size
     image = torch.rand(1, 3, side, side, generator=generator, device="cpu").to(device)
     clip.vanilla(image)  # warms up
-    work = _measure_path if job.what in (FAST, SLOW) else _measure_defense
-    used = {"device": str(device), "threads": torch.get_num_threads(), "depth": depth}
-    return {"used": used, **work(job, clip, ImageBatch(image, [0]))}
-
-
-def _measure_path(job: Job, clip: PromptedClip, batch: ImageBatch) -> dict[str, Any]:
-    fast, backbone = job.what == FAST, clip.backbone
+    batch, work, fast = ImageBatch(image, [0]), _work(job, clip), job.what == FAST
     speed = matrix_speed(backbone) if fast else 0.0
-    memory, clock = Memory(backbone.device), Clock(backbone.device)
-    views = batch.views(job.views)
-    clock.lap("views")
-    config = TuneConfig(views=job.views)
-    logits, phases = fast_tune(clip, batch, config) if fast else plain_tune(clip, views, config)
-    seconds = {phase: (clock.seconds | phases)[phase] for phase in PHASES}
-    numbers = {"seconds": seconds, "total": sum(seconds.values()), **memory.used()}
+    memory, clock = Memory(device), Clock(device)
+    answers = [answer(batch) for answer in work]
+    clock.lap("total")
+    numbers: dict[str, Any] = {**clock.seconds, **memory.used()}
+    used = {"device": str(device), "threads": torch.get_num_threads(), "depth": depth}
+    run = {"numbers": numbers, "used": used}
+    if job.what in (FAST, SLOW):
+        ((logits, seconds),) = answers
+        views = numbers["total"] - sum(seconds.values())
+        numbers["seconds"] = {"views": views, **{phase: seconds[phase] for phase in PHASES[1:]}}
+        run["logits"] = logits.tolist()
     if fast:
         numbers["flop_per_second"] = (speed + matrix_speed(backbone)) / 2
-        numbers["flop"] = method_flop(clip, batch, config)
-    return {"numbers": numbers, "logits": logits.tolist()}
+        numbers["flop"] = method_flop(clip, batch, TuneConfig(views=job.views))
+    return run
+
+
+def _work(job: Job, clip: PromptedClip) -> list[Callable[[ImageBatch], Any]]:
+    """What is measured, ready to be called with the image."""
+    config = TuneConfig(views=job.views)
+    if job.what == FAST:
+        return [partial(fast_tune, clip, config)]
+    if job.what == SLOW:
+        return [lambda batch: plain_tune(clip, batch.views(job.views), config)]
+    _ = clip.text_features  # a class list is made ready once
+    if job.what == ENCODING:
+        return [lambda batch: batch.view_logits(clip, job.views, quiet)]
+    if job.what == PLAIN:
+        return [partial(plain_tpt, Tpt(clip, TptSettings(views=job.views)))]
+    work: list[Callable[[ImageBatch], Any]] = []
+    for row in find_defenses(SHARING if job.what == TOGETHER else [job.what]):
+        own = {"views": job.views} if "views" in row.settings.model_fields else {}
+        work.append(row.prepare(clip, row.settings(**own)).predict)
+    return work
 
 
 def fast_tune(
-    clip: PromptedClip, batch: ImageBatch, config: TuneConfig
+    clip: PromptedClip, config: TuneConfig, batch: ImageBatch
 ) -> tuple[Tensor, dict[str, float]]:
     """Tuned logits (C,) of the batch's image, and seconds per phase, as the defence has them."""
+    batch.views(config.views)
     clock = Clock(clip.backbone.device)
     _ = clip.text_features  # made when first asked for
     clock.lap("text")
@@ -215,7 +234,7 @@ def method_flop(clip: PromptedClip, batch: ImageBatch, config: TuneConfig) -> in
     prompts = clip.prompts.map(lambda t: t.to("meta"))
     empty = replace(clip, backbone=backbone, prompts=prompts, selection_model=None)
     with FlopCounterMode(display=False) as counter:
-        fast_tune(empty, ImageBatch(batch.images.to("meta"), batch.seeds), config)
+        fast_tune(empty, config, ImageBatch(batch.images.to("meta"), batch.seeds))
     return int(counter.get_total_flops())
 
 
@@ -230,28 +249,6 @@ def matrix_speed(backbone: Backbone) -> float:
         clock.lap("products" if rounds else "warm-up")
         rounds += 1
     return 8 * rows * width**2 * (rounds - 1) / clock.seconds["products"]
-
-
-def _measure_defense(job: Job, clip: PromptedClip, batch: ImageBatch) -> dict[str, Any]:
-    work = _work(job, clip)
-    clip.static(batch.images)  # makes its class list ready
-    memory, clock = Memory(clip.backbone.device), Clock(clip.backbone.device)
-    for answer in work:
-        answer(batch)
-    clock.lap("total")
-    return {"numbers": {**clock.seconds, **memory.used()}}
-
-
-def _work(job: Job, clip: PromptedClip) -> list[Callable[[ImageBatch], object]]:
-    if job.what == ENCODING:
-        return [lambda batch: batch.view_logits(clip, job.views, quiet)]
-    if job.what == PLAIN:
-        return [partial(plain_tpt, Tpt(clip, TptSettings(views=job.views)))]
-    work: list[Callable[[ImageBatch], object]] = []
-    for row in find_defenses(SHARING if job.what == TOGETHER else [job.what]):
-        own = {"views": job.views} if "views" in row.settings.model_fields else {}
-        work.append(row.prepare(clip, row.settings(**own)).predict)
-    return work
 
 
 def plain_tpt(tpt: Tpt, batch: ImageBatch) -> None:

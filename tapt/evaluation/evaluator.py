@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from tapt.core.views import image_seeds
 from tapt.data import LabelledImages
 from tapt.defenses import ImageBatch, PreparedDefense
 from tapt.defenses.deployed import ask, variants
-from tapt.evaluation.outcomes import Key, Outcome
+from tapt.evaluation.outcomes import CONDITION, Key, Outcome
 from tapt.model import Model, attack_batch, timed
 
 AGREEMENT_IMAGES = 500
@@ -38,20 +39,11 @@ class Condition:
     attack: Attack | None
     defenses: tuple[str, ...]
 
-    @property
-    def fields(self) -> dict[str, Any]:
-        """The condition in an outcome."""
-        attack = self.attack
-        return {
-            "attacked_model": self.attacked_model,
-            "attack": attack and attack.name,
-            "epsilon_255": attack and attack.epsilon_255,
-            "steps": attack and attack.budget_steps,
-        }
-
     def key(self, dataset: str) -> Key:
         """Values of `outcomes.CONDITION`."""
-        return (dataset, *self.fields.values())
+        attack = self.attack
+        spent = (attack.name, attack.epsilon_255, attack.budget_steps) if attack else (None,) * 3
+        return (dataset, self.attacked_model, *spent)
 
 
 def make_conditions(
@@ -59,14 +51,12 @@ def make_conditions(
 ) -> list[Condition]:
     """Clean images first, then every attack on every attacked model; on `deployed` each defence
     is attacked for itself."""
-    clean = Condition(None, None, tuple(defenses))
-    conditions = {clean.key(""): [clean]}
-    for model in dict.fromkeys(attacked):
-        for attack in attacks:
-            rows = [(name,) for name in defenses] if model == DEPLOYED else [tuple(defenses)]
-            same = [Condition(model, attack, names) for names in rows]
-            conditions.setdefault(same[0].key(""), same)  # CW has no epsilon and runs once
-    return [condition for group in conditions.values() for condition in group]
+    conditions = [Condition(None, None, tuple(defenses))]
+    for model, attack in product(attacked, attacks):
+        groups = [(name,) for name in defenses] if model == DEPLOYED else [tuple(defenses)]
+        conditions += [Condition(model, attack, names) for names in groups]
+    unique = {(each.key(""), each.defenses): each for each in conditions}  # CW has no epsilon
+    return list(unique.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,8 +111,7 @@ class Evaluator:
         largest, sizes = linf_255(shown, pixels).tolist(), l2_norm(shown, pixels).tolist()
         return [
             Outcome(
-                dataset=self.data.name,
-                **condition.fields,
+                **dict(zip(CONDITION, condition.key(self.data.name), strict=True)),
                 image=image,
                 label=int(labels[i]),
                 answers={name: int(a[:, i].mode().values) for name, a in answers.items()},
@@ -138,9 +127,8 @@ class Evaluator:
 
     def _deployed(self, condition: Condition) -> PreparedDefense | None:
         """The defence that is attacked as deployed, where one is."""
-        return (
-            self.defenses[condition.defenses[0]] if condition.attacked_model == DEPLOYED else None
-        )
+        (first, *_), deployed = condition.defenses, condition.attacked_model == DEPLOYED
+        return self.defenses[first] if deployed else None
 
     def _budget(self, condition: Condition) -> str:
         attack, deployed = condition.attack, self._deployed(condition)
@@ -191,25 +179,24 @@ def selection_agreement(
     float32, on the first 500 clean images."""
     n = min(AGREEMENT_IMAGES, len(chosen.data))
     batches = [range(start, min(n, start + batch_size)) for start in range(0, n, batch_size)]
+
+    def ask_all(evaluator: Evaluator, name: str) -> tuple[Tensor, float]:
+        prepared = evaluator.defenses[name]
+        answers = [timed(prepared, evaluator.batch(images), chosen.model) for images in batches]
+        probabilities = [prediction.probabilities for prediction, _ in answers]
+        return torch.cat(probabilities), sum(spent for _, spent in answers) / n
+
     entries = []
     for name in (name for name, prepared in chosen.defenses.items() if prepared.randomised):
-        both, seconds = [], []
-        for evaluator in (chosen, exact):
-            answers = [
-                timed(evaluator.defenses[name], evaluator.batch(images), chosen.model)
-                for images in batches
-            ]
-            both.append(torch.cat([prediction.probabilities for prediction, _ in answers]))
-            seconds.append(sum(spent for _, spent in answers) / n)
-        same = both[0].argmax(-1) == both[1].argmax(-1)
+        (fast, fast_seconds), (slow, seconds) = ask_all(chosen, name), ask_all(exact, name)
         entries.append(
             {
                 "dataset": chosen.data.name,
                 "defense": name,
                 "n": n,
-                "top1_agreement": int(same.sum()) / n,
-                "largest_probability_difference": float((both[0] - both[1]).abs().max()),
-                "seconds_per_image": dict(zip(("bfloat16", "float32"), seconds, strict=True)),
+                "top1_agreement": int((fast.argmax(-1) == slow.argmax(-1)).sum()) / n,
+                "largest_probability_difference": float((fast - slow).abs().max()),
+                "seconds_per_image": {"bfloat16": fast_seconds, "float32": seconds},
             }
         )
     return entries

@@ -19,7 +19,6 @@ from tapt.files import describe
 
 Z95 = 1.959963984540054
 CONDITION = ("dataset", "attacked_model", "attack", "epsilon_255", "steps")
-OLD_NAMES = {"square": "deployed", "adaptive": "deployed"}
 Key = tuple[Any, ...]
 Share = Annotated[float, Field(ge=0, le=1)]
 Size = Annotated[float, Field(ge=0)]
@@ -53,14 +52,6 @@ class Outcome(BaseModel):
     budget: str
     seconds: dict[str, Size]
     attack_seconds: Size
-
-    @model_validator(mode="before")
-    @classmethod
-    def _convert(cls, given: Any) -> Any:
-        if isinstance(given, dict) and "threat" in given:  # before the attacked model had a name
-            threat = given["threat"]
-            return {**given, "attacked_model": OLD_NAMES.get(str(threat), threat)}
-        return given
 
     @model_validator(mode="after")
     def _check(self) -> Outcome:
@@ -140,26 +131,21 @@ class Outcomes:
     def rows(self) -> list[dict[str, Any]]:
         """One row per set, defence and attack, and the worst case over the attacks."""
         rows = []
-        groups: dict[Key, dict[Key, dict[int, Outcome]]] = defaultdict(dict)
+        limited: dict[Key, dict[Key, dict[int, Outcome]]] = defaultdict(dict)
         for condition, cell in self.cells.items():
             dataset, attacked_model, _, epsilon, _ = condition
-            if attacked_model is None:
-                continue
-            for defense, images in cell.items():
+            for defense, images in cell.items() if attacked_model else ():
                 rows.append(self._row(condition, defense, images))
                 if epsilon is not None:
-                    groups[dataset, epsilon, defense][condition] = images
-        for (dataset, epsilon, defense), cells in groups.items():
-            common = set.intersection(*(set(images) for images in cells.values()))
-            if len(cells) > 1 and common:
-                worst = {
-                    i: min((images[i] for images in cells.values()), key=lambda o: o.right[defense])
-                    for i in sorted(common)
-                }
+                    limited[dataset, epsilon, defense][condition] = images
+        for (dataset, epsilon, defense), attacks in limited.items():
+            common = sorted(set.intersection(*map(set, attacks.values())))
+            if len(attacks) > 1 and common:
+                every = {i: [images[i] for images in attacks.values()] for i in common}
+                worst = {i: min(some, key=lambda o: o.right[defense]) for i, some in every.items()}
                 row = self._row((dataset, "all", "worst", epsilon, None), defense, worst)
                 budgets = [
-                    f"{attack} on {model} ({next(iter(images.values())).budget})"
-                    for (_, model, attack, _, _), images in cells.items()
+                    f"{o.attack} on {o.attacked_model} ({o.budget})" for o in every[common[0]]
                 ]
                 rows.append({**row, "budget": "; ".join(budgets)})
         return rows
@@ -211,32 +197,23 @@ class Outcomes:
 
 
 def averages(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Means over several sets, one row of each; the errors of independent sets add up as squares
-    (Newcombe 1998)."""
+    """Means over several sets, one row of each."""
     groups: dict[Key, list[Mapping[str, Any]]] = defaultdict(list)
     for row in rows:
         settings = json.dumps(row.get("settings", {}), sort_keys=True)
         key = (row["defense"], settings, *(row[name] for name in CONDITION[1:]))
         groups[key].append(row)
-    return [
-        {
-            **group[0],
-            "dataset": f"mean of {len(group)}",
-            "n": sum(row["n"] for row in group),
-            **{k: _mean(group, k) for k in ("clean_accuracy", "accuracy", "seconds_per_image")},
-            "clean_ci95": _interval(group, "clean_accuracy", "clean_ci95"),
-            "ci95": _interval(group, "accuracy", "ci95"),
-        }
-        for group in groups.values()
-        if len({row["dataset"] for row in group}) == len(group) > 1
-    ]
+    several = (group for group in groups.values() if len(group) > 1)
+    return [_mean(group) for group in several if len({r["dataset"] for r in group}) == len(group)]
 
 
-def _mean(group: Sequence[Mapping[str, Any]], key: str) -> float:
-    return float(sum(row[key] for row in group)) / len(group)
-
-
-def _interval(group: Sequence[Mapping[str, Any]], key: str, ends: str) -> list[float]:
-    low, high = (math.hypot(*(row[key] - row[ends][i] for row in group)) for i in (0, 1))
-    middle = _mean(group, key)
-    return [middle - low / len(group), middle + high / len(group)]
+def _mean(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The errors of independent sets add up as squares (Newcombe 1998)."""
+    count = len(group)
+    mean = {**group[0], "dataset": f"mean of {count}", "n": sum(row["n"] for row in group)}
+    for key in ("clean_accuracy", "accuracy", "seconds_per_image"):
+        mean[key] = sum(row[key] for row in group) / count
+    for key, ends in (("clean_accuracy", "clean_ci95"), ("accuracy", "ci95")):
+        low, high = (math.hypot(*(row[key] - row[ends][i] for row in group)) for i in (0, 1))
+        mean[ends] = [mean[key] - low / count, mean[key] + high / count]
+    return mean

@@ -122,16 +122,15 @@ def epsilon_figure(rows: Sequence[Row]) -> Figure:
         for name, points in curves.items():
             number, first = names.index(name), next(iter(points.values()))
             shift = 0.06 * (number - (len(names) - 1) / 2)  # intervals beside each other
-            values = [first["clean_accuracy"], *(row["accuracy"] for row in points.values())]
-            ends = [first["clean_ci95"], *(row["ci95"] for row in points.values())]
-            spread = [
-                (max(0.0, value - low), max(0.0, high - value))
-                for value, (low, high) in zip(values, ends, strict=True)
-            ]
+            shares = [(first["clean_accuracy"], *first["clean_ci95"])]
+            shares += [(row["accuracy"], *row["ci95"]) for row in points.values()]
             axes.errorbar(
                 [epsilon + shift for epsilon in (0, *points)],
-                [100 * value for value in values],
-                yerr=[[100 * size for size in side] for side in zip(*spread, strict=True)],
+                [100 * value for value, *_ in shares],
+                yerr=[
+                    [100 * max(0.0, value - low) for value, low, _ in shares],
+                    [100 * max(0.0, high - value) for value, _, high in shares],
+                ],
                 marker="o",
                 capsize=2,
                 color=f"C{number % 10}",

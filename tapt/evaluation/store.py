@@ -54,7 +54,7 @@ class Store:
                 write_file(self.folder / OUTCOMES, b"")
                 write_file(path, _json(settings))
         self.processes.wait_for_everyone()
-        if differ := _differences(_read_settings(path), json.loads(_json(settings))):
+        if differ := _differences(path, settings):
             raise InputError(
                 f"{self.folder.name} was started with other settings ({', '.join(differ)}): use "
                 "them again, or another folder."
@@ -112,23 +112,20 @@ def _writing(folder: Path) -> Iterator[None]:
         raise InputError(f"{folder.name} cannot be written: {describe(error)}.") from error
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
+def _differences(path: Path, settings: Mapping[str, Any]) -> list[str]:
+    """Names of the settings that differ from a file's; of test-time settings those of defences
+    that both know count."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
-        settings = None
-    if not isinstance(settings, dict):
-        raise InputError(f"{path.name} in {path.parent.name} is damaged: use another folder.")
-    return settings
-
-
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Names of the settings that differ; a defence that only one of them knows is none."""
-    one, other = dict(before), dict(now)
-    old, new = one.get("test_time"), other["test_time"]
-    if isinstance(old, dict):
-        common = old.keys() & new.keys()
-        one["test_time"], other["test_time"] = ({k: d[k] for k in common} for d in (old, new))
+        before = json.loads(path.read_text(encoding="utf-8"))
+        known = before["test_time"].keys() & settings["test_time"].keys()
+    except (OSError, ValueError, RecursionError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(
+            f"{path.name} in {path.parent.name} is damaged: use another folder."
+        ) from error
+    one, other = (
+        {**each, "test_time": {name: each["test_time"][name] for name in known}}
+        for each in (before, json.loads(_json(settings)))
+    )
     names = {*one, *other} - MAY_DIFFER
     return sorted(name for name in names if one.get(name) != other.get(name))
 

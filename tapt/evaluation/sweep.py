@@ -71,9 +71,8 @@ def sweep_steps(
     """
     attack = attack or Attack()
     if attack.method.norm != "Linf":
-        raise InputError(
-            f"A sweep needs an attack with an epsilon; {attack.method.title} has none."
-        )
+        title = attack.method.title
+        raise InputError(f"A sweep needs an attack with an epsilon; {title} has none.")
     if not epsilons or not all(0 <= epsilon <= 255 for epsilon in epsilons):
         raise InputError("epsilons must be whole numbers from 0 to 255.")
     task = Task(model, image, classes, attack, **options)
