@@ -297,23 +297,33 @@ def test_what_the_attack_did_to_a_defence(clean, attacked, true, state):
 @pytest.mark.parametrize(
     ("clip", "own", "true", "attack", "sentence"),
     [
-        ("cat dog", "cat cat", "cat", True, "1 fooled ({}); 1 held ({}). The true class is cat."),
-        ("cat dog", "cat cat", None, True, "1 changed the answer ({}); 1 kept the answer ({})."),
-        ("cat", "", "cat", True, ""),
-        ("cat", "cat", None, False, "2 answer cat ({}, {})."),
         (
+            ("cat", "dog"),
+            ("cat", "cat"),
             "cat",
-            "dog",
+            True,
+            "1 fooled (Vanilla CLIP); 1 held (TAPT). The true class is cat.",
+        ),
+        (
+            ("cat", "dog"),
+            ("cat", "cat"),
+            None,
+            True,
+            "1 changed the answer (Vanilla CLIP); 1 kept the answer (TAPT).",
+        ),
+        (("cat", None), (None, None), "cat", True, ""),
+        (("cat", None), ("cat", None), None, False, "2 answer cat (Vanilla CLIP, TAPT)."),
+        (
+            ("cat", None),
+            ("dog", None),
             "dog",
             False,
-            "1 answer cat ({}); 1 answer dog ({}). The true class is dog.",
+            "1 answer cat (Vanilla CLIP); 1 answer dog (TAPT). The true class is dog.",
         ),
     ],
 )
 def test_the_verdict(clip, own, true, attack, sentence):
-    rows = {n: (*words.split(), None, None)[:2] for n, words in (("clip", clip), ("tapt", own))}
-    expected = sentence.format("Vanilla CLIP", "TAPT")
-    assert comparison(rows, true, attack).verdict() == expected
+    assert comparison({"clip": clip, "tapt": own}, true, attack).verdict() == sentence
 
 
 @pytest.mark.parametrize(
