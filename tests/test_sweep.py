@@ -88,7 +88,7 @@ def test_wrong_arguments_are_refused(model, image, options, sentence):
 
 @pytest.mark.parametrize("name", ["pgd", "square"])
 def test_the_deployed_defence_can_be_the_attacked_model(model, image, name):
-    options = {"attacked": "deployed:ensemble", "defenses": ["clip", "ensemble"], "draws": 1}
+    options = {"attacked": "deployed:ensemble", "defenses": ["clip", "ensemble"]}
     attack = Attack(name, steps=1)
     *_, (_, result) = sweep_steps(
         model, image, TOY_CLASSES, attack=attack, epsilons=(0, 8), **options
