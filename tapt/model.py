@@ -34,6 +34,7 @@ from tapt.defenses import (
     all_defenses,
     find_defenses,
 )
+from tapt.defenses.adaptive import Adaptive
 from tapt.defenses.deployed import attack_deployed
 from tapt.packs.backbones import is_public, load_backbone
 from tapt.packs.format import Pack, default_pack, open_pack
@@ -42,7 +43,7 @@ from tapt.packs.hub import Origin, Token
 ATTACKED_MODELS = ("clip", "static", "deployed")
 DEFAULT = "tiny/vli"
 VICTIM = "tapt"  # the defence that `deployed` attacks where a picture is compared
-DRAWS = 4  # of a deployed defence, for each gradient
+QUICK = Adaptive(pool=2, refresh=3, judging=4, draws=1)  # for one picture, somebody waits
 REMEMBERED = 8  # class lists
 T = TypeVar("T")
 R = TypeVar("R")
@@ -226,7 +227,7 @@ class Task:
     defenses: names of `list_defenses()`; default those that answer where nobody chose.
     settings: changes to the pack's own, as for `Model.settings`.
     seed: of everything random in the defences; `attack.seed` is the attack's.
-    draws: of a deployed defence, for each gradient.
+    adaptive: what an attack on a deployed defence may spend.
 
     Raises:
         InputError: an argument is outside what is allowed; the message names it.
@@ -242,15 +243,13 @@ class Task:
     defenses: Sequence[str] | None = None
     settings: Changes = None
     seed: int = 0
-    draws: int = DRAWS
+    adaptive: Adaptive = QUICK
 
     def __post_init__(self) -> None:
         model, clip = self.model, self.model.prepare(self.classes)
         for what, name in (("true class", self.label), ("target", self.target)):
             if name is not None and name not in clip.classes:
                 raise InputError(f"The {what} {name!r} is not one of the class names.")
-        if self.draws < 1:
-            raise InputError(f"draws must be a whole number of at least 1, got {self.draws}.")
         kind, _, name = self.attacked.partition(":")
         if kind not in ATTACKED_MODELS or (name and kind != "deployed"):
             raise InputError(
@@ -288,7 +287,7 @@ class Task:
             attack,
             targets=targets,
             prepared=self.victim,
-            draws=self.draws,
+            adaptive=self.adaptive,
             on_progress=on_progress,
         )
 
@@ -306,7 +305,7 @@ class Task:
             "attack": attack and attack.to_dict(),
             "epsilon_255": attack and attack.epsilon_255,
             "attacked_model": attack and self.attacked,
-            "draws": self.draws if attack and self.victim else None,
+            "adaptive": self.adaptive.model_dump() if attack and self.victim else None,
             "target": attack and self.target,
             "seed": self.seed,
         }
@@ -320,19 +319,18 @@ def attack_batch(
     attack: Attack,
     *,
     prepared: PreparedDefense | None = None,
-    draws: int = DRAWS,
+    adaptive: Adaptive | None = None,
     **options: Any,
 ) -> Tensor:
     """Attacks 8-bit images (N, 3, S, S) on vanilla CLIP, on the static prompts, or on a defence as
     it is deployed.
 
     attacked: of `ATTACKED_MODELS`.
-    prepared: the defence that is attacked as deployed.
+    prepared: the defence that is attacked as deployed, adaptive: with which budget.
     options: as for `attack_images`.
     """
     if prepared is not None:
-        draws = draws if attack.method.gradients else 1  # a query is one answer
-        return attack_deployed(prepared, pixels, labels, attack, draws=draws, **options)
+        return attack_deployed(prepared, pixels, labels, attack, adaptive=adaptive, **options)
     fixed = {"clip": clip.vanilla, "static": clip.static}[attacked]
     return attack_images(fixed, pixels, labels, attack, **options)
 

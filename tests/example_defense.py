@@ -20,11 +20,7 @@ class Flips(PreparedDefense):
     randomised = True
 
     def logits(
-        self,
-        batch: ImageBatch,
-        *,
-        surrogate: str | None = None,
-        on_progress: Progress = lambda done, total: None,
+        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
     ) -> Tensor:
         coins = [torch.rand(self.settings.flips, generator=g) for g in batch.generators("flips")]
         flip = (torch.stack(coins) < 0.5)[..., None, None, None].to(batch.images.device)

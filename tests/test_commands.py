@@ -85,7 +85,7 @@ def test_predict_json(predict: Predict, capsys: pytest.CaptureFixture[str]):
 
 
 def test_predict_table(predict: Predict, flips: Defense, capsys: pytest.CaptureFixture[str]):
-    assert predict("--attack square --queries 2 --attacked deployed:flips --eot 1 --flips 3") == 0
+    assert predict("--attack square --queries 2 --attacked deployed:flips --draws 1 --flips 3") == 0
     out = capsys.readouterr().out
     assert "untrained prompts" in out
     assert "Median over flips, untrained prompts  " in out
@@ -110,7 +110,7 @@ def test_saved_attack_keeps_its_effect(predict: Predict, tmp_path: Path, toy_opt
         ("--epsilon 4/x", "epsilon must be a number from 1/255 to 1, got '4/x'"),
         ("--attack pgd --steps many", "steps must be a whole number from 1 to 10000, got 'many'"),
         ("--attack bite", "invalid choice: 'bite'"),
-        ("--eot 0", "--eot: must be a whole number of at least 1, got '0'"),
+        ("--pool 0", "pool must be a whole number from 1 to 64, got 0"),
         (f"--seed {10**30}", "seed must be a whole number from 0 to 2147483647, got 1000"),
         ("--tune-steps 101", "steps must be a whole number from 0 to 100, got 101"),
         ("--set tapt.views=0", "views must be a whole number from 1 to 1024, got 0"),
@@ -196,7 +196,7 @@ def evaluate(data: Path, out: Path, toy_options: list[str], options: str) -> int
 def test_evaluate(data: Path, toy_options: list[str], tmp_path: Path, capsys):
     """Square spends queries, the other attacks steps, whichever model is attacked."""
     options = "--attack pgd,square --epsilon 1/255,2/255 --steps 2 --queries 3 --limit 6"
-    options += " --attacked clip,deployed --defenses clip,ensemble --eot 1 --rescore 2"
+    options += " --attacked clip,deployed --defenses clip,ensemble --judging 1 --rescore 2"
     assert evaluate(data, tmp_path / "out", toy_options, options) == 0
     assert "square-3" in capsys.readouterr().out
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]

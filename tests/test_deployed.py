@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from conftest import TOY_CLASSES, local_backbone, toy_clip
 from torch import Tensor
 
-from tapt.core.attacks import METHODS, Attack, attack_images, linf_255
+from tapt.core.attacks import METHODS, Attack, linf_255
 from tapt.core.backbone import Backbone
 from tapt.core.clip import PromptedClip
 from tapt.core.errors import Cancelled
@@ -15,9 +17,12 @@ from tapt.core.images import to_float
 from tapt.core.prompts import logits
 from tapt.core.tuning import TuneConfig, tune
 from tapt.core.views import generators, image_seeds, make_views
-from tapt.defenses import ImageBatch, PreparedDefense, deployed, find_defenses
-from tapt.defenses.deployed import Deployed, ask, attack_deployed, attack_seconds, variants
+from tapt.defenses import ImageBatch, PreparedDefense, find_defenses
+from tapt.defenses.adaptive import Adaptive, Search
+from tapt.defenses.deployed import Deployed, ask, attack_deployed
 
+FEW = Adaptive(pool=2, refresh=2, judging=2, draws=2)
+ALONE = FEW.updated(starts=False)
 SMALL = {"views": 8, "keep": 0.25, "lr": 0.02}
 OWN = ["clip", "static", "ensemble", "tapt"]
 
@@ -55,7 +60,7 @@ def labels(tuned: PreparedDefense, pixels: Tensor) -> Tensor:
     return ask(tuned, pixels, [0, 1, 2], "labels", 4).mean(0).argmax(-1)
 
 
-def gradient(model: Deployed, images: Tensor) -> Tensor:
+def gradient(model: Callable, images: Tensor) -> Tensor:
     images = images.clone().requires_grad_()
     return torch.autograd.grad(model(images)[:, 0].sum(), images)[0]
 
@@ -104,14 +109,17 @@ def test_the_gradient_holds_the_tuned_prompts_constant(toy_folder, pixels, desig
     torch.testing.assert_close(result, expected, atol=1e-12, rtol=1e-8)
 
 
-@pytest.mark.parametrize(("name", "surrogate"), [("tapt", "smooth step"), ("ensemble", None)])
-def test_gradients_through_the_surrogates_step_and_the_ensembles_views(
-    toy_folder, pixels, name, surrogate
-):
+@pytest.mark.parametrize("name", ["tapt", "ensemble"])
+def test_gradients_through_the_surrogates_step_and_the_ensembles_views(toy_folder, pixels, name):
     """Against finite differences."""
     clip = toy_clip(local_backbone(toy_folder, torch.float64))
     images, defense = to_float(pixels[:1], torch.float64), prepared(clip, name)
-    result = gradient(model(defense, [3], surrogate=surrogate), images)
+    through = defense.surrogate_logits if defense.surrogate else defense.logits
+
+    def log_p(images: Tensor) -> Tensor:
+        return through(ImageBatch(images, [3])).log_softmax(-1)
+
+    result = gradient(log_p, images)
     constant = gradient(model(prepared(clip, "tapt"), [3]), images)
     assert (result - constant).abs().max() > 1e-3 * constant.abs().max()
     generator = torch.Generator().manual_seed(9)
@@ -120,8 +128,7 @@ def test_gradients_through_the_surrogates_step_and_the_ensembles_views(
 
     def value(offset: float) -> float:
         with torch.no_grad():
-            answer = model(defense, [3], surrogate=surrogate)(images + offset * direction)
-        return float(answer[0, 0])
+            return float(log_p(images + offset * direction)[0, 0])
 
     slope = (value(step) - value(-step)) / (2 * step)
     assert float((result * direction).sum()) == pytest.approx(slope, rel=1e-4)
@@ -146,26 +153,93 @@ def test_fewer_images_per_pass_give_the_same(clip, pixels):
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    "name", ["clip", "static", "ensemble", "tapt", "tapt-ensemble", "tpt", "ttc"]
+)
+def test_a_state_gives_what_the_defence_gives(clip, pixels, name):
+    """And the same for a part of the images."""
+    defense, images, seeds = prepared(clip, name), to_float(pixels), [4, 5, 6]
+    state = defense.freeze(ImageBatch(images, seeds))
+    if not defense.randomised:
+        assert state is None
+        return
+    part = {key: value[1:] for key, value in state.items()}
+    with torch.no_grad():
+        whole = defense.logits(ImageBatch(images, seeds)).log_softmax(-1)
+        frozen = defense.frozen_logits(ImageBatch(images[1:], seeds[1:]), part).log_softmax(-1)
+    torch.testing.assert_close(frozen, whole[1:], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", [*OWN, "flips"])
 def test_each_defence_faces_its_own_attack(flips, clip, pixels, labels, name):
+    """By gradients alone; nothing is replayed."""
     attack, defense = Attack("pgd", 8 / 255, 6), prepared(clip, name)
-    attacked = attack_deployed(defense, pixels, labels, attack, draws=2)
+    attacked = attack_deployed(defense, pixels, labels, attack, adaptive=ALONE)
     assert linf_255(attacked, pixels).max() <= 8
     before, after = (
         ask(defense, x, [7, 8, 9], "score", 4).mean(0).gather(1, labels[:, None])
         for x in (pixels, attacked)
     )
-    assert (after < before).all()
-    if not defense.randomised:
-        fixed = clip.vanilla if name == "clip" else clip.static
-        alone = attack_images(fixed, pixels, labels, attack)
-        assert float((alone == attacked).float().mean()) > 0.999
+    assert after.mean() < before.mean() - 0.05
+
+
+def test_states_live_in_the_pool_for_a_while(tuned, pixels, labels, monkeypatch):
+    """The last two, one new at every second step, each passed by every gradient."""
+    freezes, passed = [], []
+    freeze, frozen_logits = tuned.freeze, tuned.frozen_logits
+
+    def frozen(batch: ImageBatch, **options: object) -> dict[str, Tensor]:
+        freezes.append(batch.seeds[0])
+        return freeze(batch, **options)
+
+    def noted(batch: ImageBatch, state: dict[str, Tensor]) -> Tensor:
+        if batch.images.requires_grad:
+            passed.append(freezes.index(batch.seeds[0]))
+        return frozen_logits(batch, state)
+
+    monkeypatch.setattr(tuned, "freeze", frozen)
+    monkeypatch.setattr(tuned, "frozen_logits", noted)
+    attack = Attack("pgd", 1 / 255, 5)
+    aims = (labels + 1) % len(TOY_CLASSES)  # which no draw gives: nothing is dropped
+    attack_deployed(tuned, pixels[:1], labels[:1], attack, adaptive=ALONE, targets=aims[:1])
+    numbers = [freezes.index(seed) for seed in dict.fromkeys(freezes[i] for i in passed)]
+    order = [numbers.index(i) for i in passed]
+    assert order == [0, 0, 0, 1, 1, 2, 1, 2]  # three steps, then two
+
+
+def test_the_result_is_no_weaker_than_what_was_replayed(tuned, pixels, labels, monkeypatch):
+    """The best candidate of each image counts: here only a replay moves the second image."""
+    attack = Attack("pgd", 16 / 255, 8)
+    strong = attack_deployed(tuned, pixels, labels, attack, adaptive=FEW)
+
+    def replayed(model: object, given: Tensor, *args: object, images: list[int], **_: object):
+        return torch.where(torch.tensor(images)[:, None, None, None] == 1, strong[images], given)
+
+    monkeypatch.setattr("tapt.defenses.adaptive.attack_images", replayed)
+    monkeypatch.setattr(Search, "_climb", lambda self, *_: self._judge(self.pixels[self.left]))
+    found = attack_deployed(tuned, pixels, labels, attack, adaptive=FEW)
+    assert torch.equal(found[1], strong[1])
+    assert torch.equal(found[[0, 2]], pixels[[0, 2]])
+
+
+def test_an_image_that_always_fails_is_left_as_it_is(tuned, pixels, labels, monkeypatch):
+    climbed = []
+    inner = Search._crops
+
+    def noted(self: Search, images: Tensor, step: int):
+        climbed.append([self.numbers[row] for row in self.left])
+        return inner(self, images, step)
+
+    monkeypatch.setattr(Search, "_crops", noted)
+    wrong = torch.where(torch.arange(3) == 1, (labels + 1) % len(TOY_CLASSES), labels)
+    attack_deployed(tuned, pixels, wrong, Attack("pgd", 1 / 255, 1), adaptive=FEW)
+    assert climbed == [[0, 2]]
 
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "pgd"])
 def test_every_attack_runs_on_the_deployed_defence(tuned, pixels, labels, name):
     attack = Attack(name, 8 / 255, 1 if name in ("autoattack", "cw") else 3)
-    attacked = attack_deployed(tuned, pixels[:1], labels[:1], attack, draws=1)
+    attacked = attack_deployed(tuned, pixels[:1], labels[:1], attack, adaptive=FEW)
     if name != "cw":
         assert 0 < linf_255(attacked, pixels[:1]).max() <= 8
 
@@ -174,12 +248,26 @@ def test_every_attack_runs_on_the_deployed_defence(tuned, pixels, labels, name):
 def test_an_image_is_attacked_the_same_whatever_batch_it_is_in(tuned, pixels, labels, name):
     attack, numbers = Attack(name, 8 / 255, 3), [6, 0, 3]
     torch.manual_seed(1)
-    batch = attack_deployed(tuned, pixels, labels, attack, draws=2, images=numbers)
+    batch = attack_deployed(tuned, pixels, labels, attack, adaptive=FEW, images=numbers)
     torch.manual_seed(2)  # never read
     for i, number in enumerate(numbers):
-        row = slice(i, i + 1)
-        alone = attack_deployed(tuned, pixels[row], labels[row], attack, draws=2, images=[number])
-        assert float((alone == batch[row]).float().mean()) > 0.97, i  # rounding in the step
+        row = pixels[i : i + 1], labels[i : i + 1]
+        alone = attack_deployed(tuned, *row, attack, adaptive=FEW, images=[number])
+        assert float((alone == batch[i : i + 1]).float().mean()) > 0.97, i  # rounding in the step
+
+
+def test_a_query_of_square_is_an_average(tuned, pixels, labels, monkeypatch):
+    asked, logits = [], tuned.logits
+
+    def noted(batch: ImageBatch, **options: object) -> Tensor:
+        asked.append(batch.seeds)
+        return logits(batch, **options)
+
+    monkeypatch.setattr(tuned, "logits", noted)
+    attack = Attack("square", 8 / 255, 3)
+    attack_deployed(tuned, pixels[:1], labels[:1], attack, adaptive=FEW)
+    assert [len(seeds) for seeds in asked] == [2] * 4  # the stripes, and three squares
+    assert len({seed for seeds in asked for seed in seeds}) == 8
 
 
 def test_draws_for_other_purposes_are_other_ones(tuned, pixels):
@@ -191,30 +279,10 @@ def test_draws_for_other_purposes_are_other_ones(tuned, pixels):
     assert torch.equal(ask(tuned, pixels, seeds, "score", 1), answers[2])
 
 
-def test_the_stronger_image_counts(tuned, pixels, labels, monkeypatch):
-    """One attack gives strong images for even places, the other for odd ones."""
-    strong = attack_deployed(tuned, pixels, labels, Attack("pgd", 16 / 255, 8), draws=2)
-    even = (torch.arange(3) % 2 == 0)[:, None, None, None]
-
-    def result(model: Deployed, *args: object, **options: object) -> Tensor:
-        return torch.where(even ^ (model.surrogate is not None), strong, pixels)
-
-    monkeypatch.setattr(deployed, "attack_images", result)
-    assert torch.equal(attack_deployed(tuned, pixels, labels, Attack(), draws=2), strong)
-
-
-def test_only_gradients_go_through_surrogates(clip, tuned):
-    assert variants(tuned, Attack("pgd")) == (None, "smooth step")
-    assert variants(tuned, Attack("square")) == (None,)
-    assert variants(prepared(clip, "ensemble"), Attack("pgd")) == (None,)
-    no_steps = find_defenses(["tapt"])[0]
-    assert no_steps.prepare(clip, no_steps.settings(steps=0)).surrogates == ()
-
-
 def test_targets_are_approached(tuned, pixels, labels):
     targets = (labels + 1) % len(TOY_CLASSES)
     attack = Attack("pgd", 8 / 255, 6)
-    attacked = attack_deployed(tuned, pixels, labels, attack, draws=2, targets=targets)
+    attacked = attack_deployed(tuned, pixels, labels, attack, adaptive=FEW, targets=targets)
     before, after = (
         ask(tuned, x, [7, 8, 9], "score", 4).mean(0).gather(1, targets[:, None])
         for x in (pixels, attacked)
@@ -222,25 +290,22 @@ def test_targets_are_approached(tuned, pixels, labels):
     assert (after > before).all()
 
 
-def test_progress_covers_both_attacks_and_can_stop(tuned, pixels, labels):
+def test_progress_counts_to_the_end_and_can_stop(tuned, pixels, labels):
     calls = []
+    attack = Attack("pgd", 1 / 255, 5)
+    attack_deployed(
+        tuned, pixels, labels, attack, adaptive=FEW, on_progress=lambda *call: calls.append(call)
+    )
+    done = [done for done, _ in calls]
+    assert done == sorted(done)
+    # two replays, crops, surrogate, pool, and judging of each (the pool's twice)
+    assert {total for _, total in calls} == {5 + 5 + 5 + 1 + 5 + 6 * 2}
+    assert done[-1] == calls[0][1]
+    assert max(map(done.count, done)) > 2  # within a pass, too
 
-    def report(done: int, total: int) -> None:
-        calls.append((done, total))
-        if done == 4:
+    def stop(done: int, total: int) -> None:
+        if done == 16:
             raise Cancelled("Stopped.")
 
     with pytest.raises(Cancelled):
-        attack_deployed(tuned, pixels, labels, Attack(steps=3), draws=1, on_progress=report)
-    done = [done for done, _ in calls]
-    assert sorted(set(done)) == [0, 1, 2, 3, 4]
-    assert done == sorted(done)
-    assert done.count(1) > 2  # within a pass, too
-    assert {total for _, total in calls} == {6}
-
-
-def test_the_estimate_grows_with_the_work(tuned):
-    state = torch.get_rng_state()
-    few, many = (attack_seconds(tuned, Attack(steps=steps), draws=1) for steps in (1, 200))
-    assert many > 5 * few > 0
-    assert torch.equal(torch.get_rng_state(), state)
+        attack_deployed(tuned, pixels, labels, attack, adaptive=FEW, on_progress=stop)

@@ -84,7 +84,7 @@ def test_evaluation_survives_kill_and_other_numbers_of_processes(
     """One process to the end, and one killed and continued by two in other batches."""
     common = (
         f"evaluate --backbone local-dir:{toy_folder} --device cpu --data {data} --views 6 "
-        "--attacked static,deployed --defenses static,tapt --epsilon 4/255 --steps 1 --eot 1 "
+        "--attacked static,deployed --defenses static,tapt --epsilon 4/255 --steps 1 --judging 1 "
         "--rescore 2"
     )
     whole, broken = tmp_path / "whole", tmp_path / "broken"

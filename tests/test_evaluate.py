@@ -15,8 +15,10 @@ from PIL import Image
 
 from tapt.core.attacks import Attack
 from tapt.core.errors import InputError, PackError
+from tapt.core.views import generators
 from tapt.data import LabelledImages, load_data
-from tapt.defenses import deployed
+from tapt.defenses import adaptive, deployed
+from tapt.defenses.adaptive import Adaptive
 from tapt.evaluation import Results, check_record, evaluate, record, store
 from tapt.evaluation.evaluator import Evaluator, make_conditions
 from tapt.evaluation.outcomes import CONDITION, read_outcomes
@@ -30,18 +32,11 @@ ATTACKS = [Attack("pgd", 2 / 255, 3), Attack("pgd", 200 / 255, 3), Attack("squar
 EVERYTHING = {
     "attacks": ATTACKS,
     "attacked": ("clip", "static", "deployed"),
-    "draws": 2,
+    "adaptive": Adaptive(pool=2, judging=1, draws=2),
     "score_draws": 4,
 }
 PGD = Attack("pgd", 2 / 255, 3)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_judging_draw():
-    """The choice between two attacks is tested elsewhere."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(deployed, "JUDGING_DRAWS", 1)
-        yield
+PURPOSES = ("deployed", "judging", "score")
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +92,8 @@ def test_rows_can_be_counted_again_from_the_outcomes(whole):
         if [row[k] for k in CONDITION[1:]] == ["deployed", "pgd", 2, 3] and row["defense"] == "tapt"
     ]
     assert row["accuracy"] == pytest.approx(sum(right) / 3)
-    assert "EOT 2, stronger of BPDA and smooth step, scored on 4 fresh draws" in row["budget"]
+    best = "best of replays, crops, smooth step, BPDA by 1 draws, scored on 4 fresh draws"
+    assert row["budget"] == f"3 steps, pool of 2, one new every 2 steps, {best}"
     assert max(o.linf_255 for o in outcomes) == 2
     for name, together in (("clip", 4), ("static", 4), ("deployed", 1)):
         assert {len(o.right) for o in outcomes if o.attacked_model == name} == {together}
@@ -155,7 +151,11 @@ def test_a_folder_collects_attacks_and_refuses_other_settings_and_data(model, da
     others: list[tuple[object, dict, str]] = [
         (data, {"seed": 1}, "seed"),
         (data, {"settings": {"tapt.views": 5}}, "test_time"),
-        (write_noise(tmp_path / "noise", 1, count=1), {}, "data_sha256"),  # the same name and counts
+        (
+            write_noise(tmp_path / "noise", 1, count=1),
+            {},
+            "data_sha256",
+        ),  # the same name and counts
     ]
     for source, changes, name in others:
         with pytest.raises(InputError, match=rf"out was started with other settings \({name}\)"):
@@ -250,7 +250,7 @@ def test_bfloat16_selects_and_says_how_far_it_agrees(model, data, tmp_path):
         ({"attacked": "rumour"}, "'rumour' is unknown"),
         ({"attacks": []}, "at least one attack"),
         ({"attacks": Attack("pgd", step_size=0.1)}, "their own step size"),
-        ({"draws": 0}, "draws must be at least 1, got 0"),
+        ({"score_draws": 0}, "score_draws must be at least 1, got 0"),
         ({"settings": {"views": 0}}, "views must be"),
     ],
 )
@@ -296,10 +296,10 @@ def test_a_full_disk_and_a_file_in_the_way_are_sentences(model, data, tmp_path, 
 
 
 def test_a_defence_of_somebody_else_is_evaluated(model, data, flips):
-    few = {"attacks": PGD, "attacked": "deployed", "draws": 1, "score_draws": 2}
+    few = {"attacks": Attack("square", steps=3), "attacked": "deployed", "score_draws": 2}
     (row,) = evaluate(model, data, defenses=["flips"], **few).rows
     assert (row["defense"], row["n"]) == ("flips", 3)
-    assert row["budget"] == "3 steps, EOT 1, scored on 2 fresh draws"
+    assert row["budget"] == "3 queries, EOT 4, scored on 2 fresh draws"
     assert "flips" in {r["defense"] for r in evaluate(model, data, attacks=PGD, limit=1).rows}
 
 
@@ -309,15 +309,17 @@ def test_the_draws_that_score_are_neither_the_attacks_nor_its_judges(
 ):
     drawn: list[int] = []
 
-    class Noted(deployed.Deployed):
-        def __init__(self, prepared, generators, **options: object) -> None:
-            super().__init__(prepared, generators, **options)
-            drawn.append(self.generators[0].initial_seed())
+    def noted(seeds: list[int], purpose: str = "") -> list[torch.Generator]:
+        made = generators(seeds, purpose)
+        drawn.extend(g.initial_seed() for g in made if purpose in PURPOSES)
+        return made
 
-    monkeypatch.setattr(deployed, "Deployed", Noted)
+    for module in (deployed, adaptive):
+        monkeypatch.setattr(module, "generators", noted)
     labelled = load_data(data)
     clip = model.prepare(labelled.classes)
-    evaluator = Evaluator(model, clip, model.prepare_defenses(clip), labelled, 3, 1, 5)
+    few = Adaptive(pool=1, judging=2, draws=1, starts=False)
+    evaluator = Evaluator(model, clip, model.prepare_defenses(clip), labelled, 3, few, 5)
     _, condition = make_conditions([Attack(name, 8 / 255, 1)], ["deployed"], ["tapt"])
     scores = set()
     for image in (0, 1):

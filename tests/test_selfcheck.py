@@ -14,8 +14,9 @@ from torch import Tensor
 from tapt.core.attacks import Attack, attack_images
 from tapt.core.backbone import Backbone
 from tapt.data import LabelledImages
-from tapt.defenses.deployed import attack_deployed
+from tapt.defenses.deployed import ask, attack_deployed
 from tapt.evaluation import selfcheck
+from tapt.evaluation.probes import Masked
 from tapt.evaluation.selfcheck import BROKEN, RULES, Lab, broken_attack, example_pixels
 
 VIEWS = {"views": 16, "keep": 0.25, "lr": 0.005}
@@ -69,6 +70,45 @@ def test_a_rule_fails_for_an_attack_that_gives_up(lab: Lab, name: str, monkeypat
     passed, measured = rule(replace(lab, **broken(FAULTS[name])))
     assert not passed, measured
     assert "%" in measured
+
+
+def deployed_fault(fault: str) -> Callable[..., Tensor]:
+    """An attack on deployed defences with one fault."""
+
+    def attack(prepared, pixels, labels, settings, *, adaptive) -> Tensor:
+        if fault == "gives up" or (fault == "loses by more" and adaptive.pool > 2):
+            return pixels
+        if fault == "knows no BPDA":
+            prepared = Masked(prepared.clip, None)
+        return attack_deployed(prepared, pixels, labels, settings, adaptive=adaptive)
+
+    return attack
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"),
+    [
+        ("no_weaker_than_replays", "gives up"),
+        ("more_pool", "loses by more"),
+        ("masked_gradient", "knows no BPDA"),
+        ("no_defence", "gives up"),
+    ],
+)
+def test_a_rule_fails_for_a_faulty_attack_on_deployed_defences(lab, name, fault, monkeypatch):
+    monkeypatch.setattr(selfcheck, "SMALL", 16 / 255)
+    monkeypatch.setattr(selfcheck, "MIDDLE", 64 / 255)
+    rule = getattr(selfcheck, name)
+    assert rule(lab)[0], rule(lab)[1]
+    passed, measured = rule(replace(lab, deployed=deployed_fault(fault)))
+    assert not passed, measured
+
+
+def test_the_rule_of_draws_fails_where_the_judging_ones_score(lab: Lab):
+    def judged(prepared, pixels, seeds, purpose, draws) -> Tensor:
+        return ask(prepared, pixels, seeds, "judging", draws)
+
+    passed, measured = selfcheck.other_draws(replace(lab, ask=judged))
+    assert (passed, measured) == (False, "4 of 4 are shared")
 
 
 def test_deployed_defences_are_checked_under_a_large_epsilon(lab: Lab):

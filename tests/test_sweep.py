@@ -78,7 +78,7 @@ def test_wrong_arguments_are_refused(model, image, options, sentence):
 
 
 def test_the_deployed_defence_can_be_the_attacked_model(model, image):
-    options = {"attacked": "deployed:ensemble", "defenses": ["clip", "ensemble"], "draws": 1}
+    options = {"attacked": "deployed:ensemble", "defenses": ["clip", "ensemble"]}
     steps = sweep_steps(
         model, image, TOY_CLASSES, attack=Attack("square", steps=1), epsilons=(0, 8), **options
     )

@@ -15,6 +15,7 @@ from tapt.commands.options import (
     attack_of,
     filled,
     fractions,
+    given,
     join_processes,
     model_of,
     names,
@@ -24,6 +25,7 @@ from tapt.commands.options import (
 from tapt.core.attacks import METHODS
 from tapt.core.errors import InputError
 from tapt.defenses import find_defenses, list_defenses
+from tapt.defenses.adaptive import Adaptive
 from tapt.evaluation import check_record, evaluate, record
 from tapt.files import check_output
 
@@ -100,7 +102,7 @@ def run(args: argparse.Namespace) -> int:
         out=args.out,
         limit=args.limit,
         seed=attacks[0].seed,
-        draws=args.eot,
+        adaptive=Adaptive(**given(args, Adaptive)),
         score_draws=args.rescore,
         batch_size=args.batch_size,
         selection=args.precision,

@@ -18,6 +18,7 @@ from tapt.core.backbone import Backbone
 from tapt.core.errors import InputError
 from tapt.core.settings import Settings, plain_type, rule
 from tapt.defenses import all_defenses
+from tapt.defenses.adaptive import Adaptive
 from tapt.files import check_output
 from tapt.model import Model, Selection, load
 from tapt.packs.backbones import load_backbone, usable_device
@@ -176,12 +177,10 @@ def _test_time() -> dict[str, tuple[str, FieldInfo]]:
 
 
 def add_attack_options(parser: argparse.ArgumentParser, *fields: str) -> None:
-    """These fields of an attack, queries, and the draws of a deployed defence."""
+    """These fields of an attack, queries, and the budget on a deployed defence."""
     add_settings(parser, Attack, only=fields)
     parser.add_argument("--queries", type=int, metavar="N", help="of Square, instead of --steps")
-    parser.add_argument(
-        "--eot", type=positive, default=4, metavar="N", help="draws per gradient of a deployed one"
-    )
+    add_settings(parser, Adaptive)
 
 
 def attack_of(args: argparse.Namespace, name: str, **changes: Any) -> Attack:

@@ -14,6 +14,7 @@ from tapt.commands.options import (
     add_test_time,
     attack_of,
     filled,
+    given,
     model_of,
     names,
     png_output,
@@ -25,6 +26,7 @@ from tapt.core.images import to_picture
 from tapt.data.names import parse_classes
 from tapt.data.pictures import open_image
 from tapt.defenses import find_defenses
+from tapt.defenses.adaptive import Adaptive
 from tapt.files import write_file
 
 
@@ -61,7 +63,7 @@ def picture_options(args: argparse.Namespace, attack: Attack) -> dict[str, Any]:
         "defenses": args.defenses,
         "settings": test_time(args),
         "seed": attack.seed,
-        "draws": args.eot,
+        "adaptive": Adaptive(**given(args, Adaptive)),
     }
 
 

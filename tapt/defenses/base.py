@@ -12,7 +12,7 @@ import torch
 from torch import Generator, Tensor
 
 from tapt.core.backbone import Backbone
-from tapt.core.clip import PromptedClip
+from tapt.core.clip import Classifier, PromptedClip
 from tapt.core.errors import InputError
 from tapt.core.prompts import ClassTexts
 from tapt.core.settings import Settings
@@ -22,6 +22,8 @@ from tapt.core.views import generators, make_views
 T = TypeVar("T")
 Trace = Mapping[str, Any]
 """What happened: names to tensors with a leading dimension M, to None, or to such mappings."""
+State = Mapping[str, Tensor]
+"""What a defence found out about each image, by name, with a leading dimension M."""
 
 
 class ImageBatch:
@@ -38,6 +40,10 @@ class ImageBatch:
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def detached(self) -> ImageBatch:
+        """The same images, of which nothing is known yet, without gradients."""
+        return ImageBatch(self.images.detach(), self.seeds)
 
     def generators(self, purpose: str) -> list[Generator]:
         """A CPU generator for each image; each purpose has numbers of its own."""
@@ -76,6 +82,11 @@ class ImageBatch:
         return self.shared(("view logits", count, clip), make)
 
 
+def kept_of(values: Tensor, kept: Tensor) -> Tensor:
+    """The kept views' share of values (M, V, ...), (M, K, ...). kept: (M, K)."""
+    return values[torch.arange(len(kept), device=kept.device)[:, None], kept]
+
+
 def images_per_pass(backbone: Backbone, views: int, texts: ClassTexts | None = None) -> int:
     """How many images pass with gradients at once: about 8,000 tokens of the image tower.
 
@@ -103,30 +114,50 @@ class Prediction:
 class PreparedDefense:
     """A defence for one `PromptedClip` and one choice of settings.
 
+    It defines `logits`, or, where an attacker must hold something constant (BPDA, Athalye et al.
+    2018), `freeze` and `frozen_logits`: selections, rounding, steps are of the one, what has a
+    gradient is of the other.
+
     randomised: draws at test time; it is scored over draws and attacked with EOT.
-    surrogates: differentiable stand-ins that an attacker may try beside the plain gradient.
+    surrogate: name of the differentiable stand-in that an attacker may try, where there is one.
     images_per_pass: how many images `logits` takes at once, at most.
     """
 
     randomised: bool = False
-    surrogates: tuple[str, ...] = ()
+    surrogate: str | None = None
     images_per_pass: int = 64
 
     def __init__(self, clip: PromptedClip, settings: Any) -> None:
         self.clip, self.settings = clip, settings
 
-    def logits(
-        self,
-        batch: ImageBatch,
-        *,
-        surrogate: str | None = None,
-        on_progress: Progress = lambda done, total: None,
-    ) -> Tensor:
-        """Log-probabilities or logits (M, C) that an adaptive attacker differentiates: what has
-        no gradient (selections, rounding, steps) is held constant (BPDA, Athalye et al. 2018).
+    @property
+    def undefended(self) -> Classifier:
+        """What answers where nothing is done at test time; cheap attacks see it."""
+        return self.clip.static
 
-        surrogate: one of `surrogates`; its own answers then, and gradients through all of it.
+    def logits(
+        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
+    ) -> Tensor:
+        """Log-probabilities or logits (M, C) that an attacker differentiates."""
+        state = self.freeze(batch.detached(), on_progress=on_progress)
+        assert state is not None, "a defence defines logits, or freeze and frozen_logits"
+        return self.frozen_logits(batch, state)
+
+    def freeze(
+        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
+    ) -> State | None:
+        """Runs the defence on images without gradients, for what is then held constant."""
+        return None
+
+    def frozen_logits(self, batch: ImageBatch, state: State) -> Tensor:
+        """What `logits` gives, for images that may have moved since.
+
+        state: from `freeze` with the same seeds.
         """
+        raise NotImplementedError
+
+    def surrogate_logits(self, batch: ImageBatch) -> Tensor:
+        """Answers (M, C) of the surrogate, with gradients through all of it."""
         raise NotImplementedError
 
     @torch.no_grad()

@@ -23,6 +23,7 @@ from torch import Generator, Tensor
 from torch.nn.functional import avg_pool2d, conv2d, normalize, pad
 
 from tapt.core.backbone import Backbone
+from tapt.core.clip import Classifier
 from tapt.core.images import to_picture, to_uint8
 from tapt.core.losses import entropy
 from tapt.core.prompts import DEFAULT_TEMPLATE, PromptConfig
@@ -175,15 +176,15 @@ class Dbd(PreparedDefense):
     randomised = True
 
     @property
+    def undefended(self) -> Classifier:
+        return self.clip.vanilla
+
+    @property
     def images_per_pass(self) -> int:  # type: ignore[override]
         return images_per_pass(self.clip.backbone, VIEWS)
 
     def logits(
-        self,
-        batch: ImageBatch,
-        *,
-        surrogate: str | None = None,
-        on_progress: Progress = lambda done, total: None,
+        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
     ) -> Tensor:
         return self._answer(batch, on_progress)[0]
 

@@ -9,7 +9,15 @@ from torch import Tensor
 from tapt.core.losses import entropy, log_mean_probability, select_views
 from tapt.core.settings import Settings
 from tapt.core.tuning import Progress
-from tapt.defenses.base import Defense, ImageBatch, Prediction, PreparedDefense, register
+from tapt.defenses.base import (
+    Defense,
+    ImageBatch,
+    Prediction,
+    PreparedDefense,
+    State,
+    kept_of,
+    register,
+)
 
 
 class EnsembleSettings(Settings):
@@ -26,35 +34,35 @@ class Ensemble(PreparedDefense):
     randomised = True
     images_per_pass = 16
 
-    def logits(
-        self,
-        batch: ImageBatch,
-        *,
-        surrogate: str | None = None,
-        on_progress: Progress = lambda done, total: None,
-    ) -> Tensor:
-        return self._answer(batch, on_progress)[0]
+    def freeze(
+        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
+    ) -> State:
+        """The selection."""
+        return self._select(batch, on_progress)[1]
 
+    def frozen_logits(self, batch: ImageBatch, state: State) -> Tensor:
+        """Log of the mean probability, (M, C)."""
+        views = kept_of(batch.views(self.settings.views), state["kept"])
+        logits = self.clip.static(views.flatten(0, 1)).unflatten(0, views.shape[:2])
+        return log_mean_probability(logits)
+
+    @torch.no_grad()
     def predict(
         self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
     ) -> Prediction:
-        with torch.no_grad():
-            log_p, entropies, kept = self._answer(batch, on_progress)
-        return Prediction(log_p.exp().cpu(), {"entropies": entropies, "kept": kept})
+        logits, state = self._select(batch, on_progress)
+        if self.clip.selection_model is None:  # the kept views have answered already
+            log_p = log_mean_probability(kept_of(logits, state["kept"]))
+        else:
+            log_p = self.frozen_logits(batch, state)
+        return Prediction(log_p.exp().cpu(), state)
 
-    def _answer(self, batch: ImageBatch, on_progress: Progress) -> tuple[Tensor, Tensor, Tensor]:
-        """Log of the mean probability (M, C), entropies (M, V) and kept views (M, K)."""
-        count = self.settings.views
-        logits = batch.view_logits(self.clip, count, on_progress)
+    def _select(self, batch: ImageBatch, on_progress: Progress) -> tuple[Tensor, State]:
+        """Logits (M, V, C) of all views, and which are kept."""
+        logits = batch.view_logits(self.clip, self.settings.views, on_progress)
         entropies = entropy(logits)
         kept = select_views(entropies, self.settings.keep)
-        rows = torch.arange(len(batch), device=kept.device)[:, None]
-        if torch.is_grad_enabled() or self.clip.selection_model is not None:
-            chosen = batch.views(count)[rows, kept]
-            chosen_logits = self.clip.static(chosen.flatten(0, 1)).view(*kept.shape, -1)
-        else:
-            chosen_logits = logits[rows, kept]
-        return log_mean_probability(chosen_logits), entropies, kept
+        return logits, {"entropies": entropies, "kept": kept}
 
 
 register(

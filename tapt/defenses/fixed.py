@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tapt.core.clip import Classifier
 from tapt.core.tuning import Progress
 from tapt.defenses.base import Defense, ImageBatch, PreparedDefense, register
 
@@ -11,12 +12,12 @@ from tapt.defenses.base import Defense, ImageBatch, PreparedDefense, register
 class VanillaClip(PreparedDefense):
     """CLIP without any prompts."""
 
+    @property
+    def undefended(self) -> Classifier:
+        return self.clip.vanilla
+
     def logits(
-        self,
-        batch: ImageBatch,
-        *,
-        surrogate: str | None = None,
-        on_progress: Progress = lambda done, total: None,
+        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
     ) -> Tensor:
         answer: Tensor = self.clip.vanilla(batch.images)
         return answer
@@ -26,11 +27,7 @@ class StaticPrompts(PreparedDefense):
     """The prompts before any test-time step; in float32, whatever selects the views."""
 
     def logits(
-        self,
-        batch: ImageBatch,
-        *,
-        surrogate: str | None = None,
-        on_progress: Progress = lambda done, total: None,
+        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
     ) -> Tensor:
         answer: Tensor = self.clip.static(batch.images)
         return answer

@@ -12,7 +12,7 @@ from tapt.core.clip import PromptedClip
 from tapt.core.losses import entropy, select_views
 from tapt.core.prompts import Prompts, logits
 from tapt.core.tuning import Objective, TuneConfig
-from tapt.defenses.base import ImageBatch
+from tapt.defenses.base import ImageBatch, kept_of
 
 
 def smooth_step(clip: PromptedClip, config: TuneConfig, batch: ImageBatch) -> Tensor:
@@ -31,11 +31,9 @@ def smooth_tuning(
         Prompts of every image, their text features ([M,] C, E), and the kept views (M, K).
     """
     objective = Objective(clip.backbone, clip.prompts, clip.statistics, config)
-    views, rows = batch.views(config.views), torch.arange(len(batch))[:, None]
-    seen = ImageBatch(batch.images.detach(), batch.seeds)
-    every = seen.view_logits(clip, config.views, lambda done, total: None)
+    every = batch.detached().view_logits(clip, config.views, lambda done, total: None)
     kept = select_views(entropy(every), config.keep)
-    kept_views = views[rows.to(views.device), kept]
+    kept_views = kept_of(batch.views(config.views), kept)
     prompts = clip.prompts.batch(len(batch)).map(lambda t: t.detach().requires_grad_())
     # the fast attention kernels have no second derivative
     with torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):

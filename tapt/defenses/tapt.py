@@ -10,13 +10,14 @@ from torch import Tensor
 
 from tapt.core.clip import PromptedClip
 from tapt.core.losses import kept_views_count
-from tapt.core.prompts import init_prompts, logits
+from tapt.core.prompts import Prompts, init_prompts, logits
 from tapt.core.tuning import Losses, Progress, TuneConfig, Tuned, tune
 from tapt.defenses.base import (
     Defense,
     ImageBatch,
     Prediction,
     PreparedDefense,
+    State,
     Trace,
     images_per_pass,
     register,
@@ -43,7 +44,7 @@ class Tapt(PreparedDefense):
         if settings.random_start:
             start = init_prompts(clip.backbone, clip.prompts.config)
             self.clip = replace(clip, prompts=start)
-        self.surrogates = ("smooth step",) if settings.steps else ()
+        self.surrogate = "smooth step" if settings.steps else None
 
     @cached_property
     def images_per_pass(self) -> int:  # type: ignore[override]
@@ -54,19 +55,25 @@ class Tapt(PreparedDefense):
         """How many views per image an attacker's gradients pass."""
         return kept_views_count(self.settings.views, self.settings.keep)
 
-    def logits(
-        self,
-        batch: ImageBatch,
-        *,
-        surrogate: str | None = None,
-        on_progress: Progress = lambda done, total: None,
-    ) -> Tensor:
-        """The tuned prompts are held constant; the surrogate's gradients pass the step."""
-        if surrogate:
-            return smooth_step(self.clip, self.settings, batch)
-        fixed = ImageBatch(batch.images.detach(), batch.seeds)
-        tuned = self.tune(fixed, False, on_progress)
-        return logits(self.clip.backbone, batch.images, tuned.text_features, tuned.prompts)
+    def freeze(
+        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
+    ) -> State:
+        """The tuned prompts, their text features, and the kept views."""
+        tuned = self.tune(batch, False, on_progress)
+        texts = tuned.text_features.expand(len(batch), -1, -1)  # V shares them
+        return {**tuned.prompts.tensors, "text features": texts, "kept": tuned.kept}
+
+    def frozen_logits(self, batch: ImageBatch, state: State) -> Tensor:
+        text_features = state["text features"]
+        return logits(self.clip.backbone, batch.images, text_features, self.prompts_of(state))
+
+    def prompts_of(self, state: State) -> Prompts:
+        """The tuned prompts of each image."""
+        start = self.clip.prompts
+        return Prompts(start.config, {name: state[name] for name in start.tensors})
+
+    def surrogate_logits(self, batch: ImageBatch) -> Tensor:
+        return smooth_step(self.clip, self.settings, batch)
 
     def predict(
         self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None

@@ -14,7 +14,7 @@ from torch import Tensor
 from tapt.core.losses import log_mean_probability
 from tapt.core.prompts import Prompts
 from tapt.core.tuning import Progress
-from tapt.defenses.base import Defense, ImageBatch, Prediction, register
+from tapt.defenses.base import Defense, ImageBatch, Prediction, State, kept_of, register
 from tapt.defenses.features import encode_unit, reliability, similarity, weighted
 from tapt.defenses.surrogates import smooth_tuning
 from tapt.defenses.tapt import Tapt, TaptSettings, trace_of
@@ -41,21 +41,13 @@ class TaptEnsemble(Tapt):
         every = self.settings.answer == "similar"
         return self.settings.views if every else super().attacked_views
 
-    def logits(
-        self,
-        batch: ImageBatch,
-        *,
-        surrogate: str | None = None,
-        on_progress: Progress = lambda done, total: None,
-    ) -> Tensor:
-        """The tuned prompts are held constant; the surrogate's gradients pass the step."""
-        views = batch.views(self.settings.views)
-        if surrogate:
-            prompts, text, kept = smooth_tuning(self.clip, self.settings, batch)
-            return self._answer(views, prompts, text, kept)[0]
-        fixed = ImageBatch(batch.images.detach(), batch.seeds)
-        tuned = self.tune(fixed, False, on_progress)
-        return self._answer(views, tuned.prompts, tuned.text_features, tuned.kept)[0]
+    def frozen_logits(self, batch: ImageBatch, state: State) -> Tensor:
+        views, prompts = batch.views(self.settings.views), self.prompts_of(state)
+        return self._answer(views, prompts, state["text features"], state["kept"])[0]
+
+    def surrogate_logits(self, batch: ImageBatch) -> Tensor:
+        prompts, text, kept = smooth_tuning(self.clip, self.settings, batch)
+        return self._answer(batch.views(self.settings.views), prompts, text, kept)[0]
 
     def predict(
         self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
@@ -75,7 +67,7 @@ class TaptEnsemble(Tapt):
         """
         backbone, settings = self.clip.backbone, self.settings
         if settings.answer == "kept":
-            views = views[torch.arange(len(kept), device=kept.device)[:, None], kept]
+            views = kept_of(views, kept)
         features = encode_unit(backbone, views, prompts.visual())
         logits = similarity(backbone, features, text_features)
         if settings.answer == "kept":

@@ -20,14 +20,14 @@ their papers' AugMix chain on top.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tapt.core.clip import PromptedClip
+from tapt.core.clip import Classifier, PromptedClip
 from tapt.core.losses import entropy, kept_views_count
 from tapt.core.prompts import DEFAULT_TEMPLATE, class_texts
 from tapt.core.tuning import Progress, counted
@@ -36,8 +36,10 @@ from tapt.defenses.base import (
     ImageBatch,
     Prediction,
     PreparedDefense,
+    State,
     Trace,
     images_per_pass,
+    kept_of,
     register,
 )
 from tapt.defenses.changes import augmix, slight_change
@@ -45,6 +47,7 @@ from tapt.defenses.context import (
     CONTEXT,
     RtptSettings,
     SstptSettings,
+    Step,
     Terms,
     TptSettings,
     consistent_entropy,
@@ -71,11 +74,26 @@ class Plan:
     trace: Trace = field(default_factory=dict)
 
 
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What is known of a batch before the step.
+
+    features: of the views that answer, of length 1, (M, V, E); tuning: of the kept, (M, K, E).
+    entropies: of all views under the starting context, (M, V). kept: (M, K).
+    """
+
+    features: Tensor
+    tuning: Tensor
+    entropies: Tensor
+    kept: Tensor
+    plan: Plan
+
+
 class TextPrompts(PreparedDefense):
     """What the three share; vanilla CLIP's image tower, no prompts of a pack.
 
-    An attacker's gradients pass the image features and the views' weights; the tuned context is
-    held constant, or in the surrogate follows smoothly.
+    An attacker's gradients pass the image features and the views' weights; the text features under
+    the tuned context are held constant, or in the surrogate follow smoothly.
     """
 
     randomised = True
@@ -83,9 +101,13 @@ class TextPrompts(PreparedDefense):
 
     def __init__(self, clip: PromptedClip, settings: Any) -> None:
         super().__init__(clip, settings)
-        self.surrogates = ("smooth step",) if settings.steps else ()
+        self.surrogate = "smooth step" if settings.steps else None
         self.texts = class_texts(clip.backbone, clip.classes, CONTEXT)
         self.start = start_context(clip.backbone)
+
+    @property
+    def undefended(self) -> Classifier:
+        return self.clip.vanilla
 
     @cached_property
     def images_per_pass(self) -> int:  # type: ignore[override]
@@ -131,58 +153,65 @@ class TextPrompts(PreparedDefense):
         """
         raise NotImplementedError
 
-    def logits(
-        self,
-        batch: ImageBatch,
-        *,
-        surrogate: str | None = None,
-        on_progress: Progress = lambda done, total: None,
-    ) -> Tensor:
-        return self._answer(batch, surrogate is not None, on_progress)[0]
+    @torch.no_grad()
+    def freeze(
+        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
+    ) -> State:
+        """The text features."""
+        return {"text features": self._tuned(batch, self._look(batch, on_progress))[0]}
 
+    def frozen_logits(self, batch: ImageBatch, state: State) -> Tensor:
+        text = state["text features"]
+        if self.weighs_views:
+            return self._answer(self._look(batch), text)
+        features = encode_unit(self.clip.backbone, batch.images[:, None])
+        return similarity(self.clip.backbone, features, text)[:, 0]
+
+    def surrogate_logits(self, batch: ImageBatch) -> Tensor:
+        look = self._look(batch if self.weighs_views else batch.detached())
+        if not self.weighs_views:  # gradients pass the kept views and the image alone
+            chosen = torch.cat([batch.images[:, None], kept_of(self.views(batch), look.kept)], 1)
+            features = encode_unit(self.clip.backbone, chosen)
+            look = replace(look, features=features[:, :1], tuning=features[:, 1:])
+        return self._answer(look, self._tuned(batch, look, smooth=True)[0])
+
+    @torch.no_grad()
     def predict(
         self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
     ) -> Prediction:
-        with torch.no_grad():
-            logits, trace = self._answer(batch, False, on_progress)
-        return Prediction(logits.softmax(-1).cpu(), trace)
-
-    def _answer(
-        self, batch: ImageBatch, smooth: bool, on_progress: Progress
-    ) -> tuple[Tensor, Trace]:
-        backbone, settings = self.clip.backbone, self.settings
-        attacked, views = torch.is_grad_enabled(), self.views(batch)
-        total = len(batch) * (settings.views + 1)
-        advance = counted(on_progress, total)
-        with torch.set_grad_enabled(attacked and self.weighs_views):
-            kind = "augmix" if settings.augmix else ""
-            features = view_features(batch, backbone, views, kind=kind, advance=advance)
-            logits = similarity(backbone, features, self.text_features)
-        entropies = entropy(logits.detach())
-        kept = entropies.topk(self.kept_count, dim=-1, largest=False).indices
-        rows = torch.arange(len(batch), device=kept.device)[:, None]
-        plan = self.plan(batch, features, logits, kept)
-
-        tuning, answering = features[rows, kept], features
-        if not self.weighs_views:  # the other views are needed without gradients alone
-            answering = encode_unit(backbone, views[:, :1]) if attacked else features[:, :1]
-            tuning = encode_unit(backbone, views[rows, kept]) if smooth else tuning
-        text, steps = tune_context(
-            backbone,
-            self.texts,
-            tuning if smooth else tuning.detach(),
-            plan.loss,
-            settings,
-            start=self.start,
-            smooth=smooth,
-        )
-        tuned = similarity(backbone, answering, text)
-        answer = tuned[:, 0] if plan.weights is None else weighted(plan.weights, tuned)
+        look = self._look(batch, on_progress)
+        text, steps = self._tuned(batch, look)
+        logits, total = self._answer(look, text), len(batch) * (self.settings.views + 1)
         on_progress(total, total)
         terms = [step.terms for step in steps]
         losses = {name: torch.stack([t[name] for t in terms], 1) for name in (terms or [{}])[0]}
-        trace = {"entropies": entropies, "kept": kept, "weights": plan.weights}
-        return answer, {**trace, **plan.trace, **losses}
+        trace = {"entropies": look.entropies, "kept": look.kept, "weights": look.plan.weights}
+        return Prediction(logits.softmax(-1).cpu(), {**trace, **look.plan.trace, **losses})
+
+    def _look(self, batch: ImageBatch, on_progress: Progress = lambda done, total: None) -> Look:
+        """All that comes before the step; with gradients where they are enabled."""
+        backbone, views = self.clip.backbone, self.views(batch)
+        advance = counted(on_progress, len(batch) * (self.settings.views + 1))
+        kind = "augmix" if self.settings.augmix else ""
+        features = view_features(batch, backbone, views, kind=kind, advance=advance)
+        logits = similarity(backbone, features, self.text_features)
+        entropies = entropy(logits.detach())
+        kept = entropies.topk(self.kept_count, dim=-1, largest=False).indices
+        plan = self.plan(batch, features, logits, kept)
+        return Look(features, kept_of(features, kept), entropies, kept, plan)
+
+    def _tuned(
+        self, batch: ImageBatch, look: Look, *, smooth: bool = False
+    ) -> tuple[Tensor, list[Step]]:
+        """Text features of every image, (M, C, E), and the steps."""
+        tuning = look.tuning if smooth else look.tuning.detach()
+        parts = self.clip.backbone, self.texts, tuning, look.plan.loss, self.settings
+        return tune_context(*parts, start=self.start, smooth=smooth)
+
+    def _answer(self, look: Look, text: Tensor) -> Tensor:
+        """Logits (M, C)."""
+        tuned, weights = similarity(self.clip.backbone, look.features, text), look.plan.weights
+        return tuned[:, 0] if weights is None else weighted(weights, tuned)
 
 
 class Tpt(TextPrompts):

@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import softsign
 
 from tapt.core.backbone import Backbone
-from tapt.core.prompts import image_logits
+from tapt.core.clip import Classifier
 from tapt.core.settings import Settings
 from tapt.core.towers import encode_image
 from tapt.core.tuning import Progress, counted
@@ -31,6 +31,7 @@ from tapt.defenses.base import (
     ImageBatch,
     Prediction,
     PreparedDefense,
+    State,
     images_per_pass,
     register,
 )
@@ -148,26 +149,34 @@ class Ttc(PreparedDefense):
 
     settings: TtcSettings
     randomised = True
-    surrogates = ("soft sign",)
+    surrogate = "soft sign"
+
+    @property
+    def undefended(self) -> Classifier:
+        return self.clip.vanilla
 
     @property
     def images_per_pass(self) -> int:  # type: ignore[override]
         return images_per_pass(self.clip.backbone, 1)
 
-    def logits(
-        self,
-        batch: ImageBatch,
-        *,
-        surrogate: str | None = None,
-        on_progress: Progress = lambda done, total: None,
-    ) -> Tensor:
-        return self._answer(batch, surrogate is not None, on_progress)[0]
+    def freeze(
+        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
+    ) -> State:
+        """The counter-perturbation."""
+        return {"delta": self._found(batch, on_progress).delta}
 
+    def frozen_logits(self, batch: ImageBatch, state: State) -> Tensor:
+        return self.undefended(batch.images + state["delta"])
+
+    def surrogate_logits(self, batch: ImageBatch) -> Tensor:
+        return self.undefended(batch.images + self._found(batch, soft=True).delta)
+
+    @torch.no_grad()
     def predict(
         self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
     ) -> Prediction:
-        with torch.no_grad():
-            logits, found = self._answer(batch, False, on_progress)
+        found = self._found(batch, on_progress)
+        logits = self.undefended(batch.images + found.delta)
         trace: dict[str, Tensor] = {
             "tau": found.tau,
             "weights": found.weights,
@@ -178,17 +187,18 @@ class Ttc(PreparedDefense):
             trace["perturbation"] = found.delta
         return Prediction(logits.softmax(-1).cpu(), trace)
 
-    def _answer(
-        self, batch: ImageBatch, soft: bool, on_progress: Progress
-    ) -> tuple[Tensor, Counterattack]:
-        backbone, advance = self.clip.backbone, counted(on_progress, 2 * len(batch))
-        noise = draw_noise(batch, self.settings.epsilon)
-        found = counterattack(backbone, batch.images, noise, self.settings, soft=soft)
+    def _found(
+        self,
+        batch: ImageBatch,
+        on_progress: Progress = lambda done, total: None,
+        *,
+        soft: bool = False,
+    ) -> Counterattack:
+        advance, noise = counted(on_progress, len(batch)), draw_noise(batch, self.settings.epsilon)
+        images = batch.images
+        found = counterattack(self.clip.backbone, images, noise, self.settings, soft=soft)
         advance(len(batch))
-        features, _ = encode_image(backbone, batch.images + found.delta)
-        logits = image_logits(backbone, features, self.clip.vanilla.text_features)
-        advance(len(batch))
-        return logits, found
+        return found
 
 
 def draw_noise(batch: ImageBatch, epsilon: float) -> Tensor:

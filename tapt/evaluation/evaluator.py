@@ -19,7 +19,8 @@ from tapt.core.clip import PromptedClip
 from tapt.core.views import image_seeds
 from tapt.data import LabelledImages
 from tapt.defenses import ImageBatch, PreparedDefense
-from tapt.defenses.deployed import ask, variants
+from tapt.defenses.adaptive import Adaptive
+from tapt.defenses.deployed import ask
 from tapt.evaluation.outcomes import CONDITION, Key, Outcome
 from tapt.model import Model, attack_batch, timed
 
@@ -64,7 +65,7 @@ class Evaluator:
     """All wanted defences of one data set.
 
     seed: of everything random.
-    draws: of a deployed defence, for each gradient.
+    adaptive: what an attack on a deployed defence may spend.
     score_draws: fresh ones that score a randomised defence as deployed.
     """
 
@@ -73,7 +74,7 @@ class Evaluator:
     defenses: dict[str, PreparedDefense]
     data: LabelledImages
     seed: int
-    draws: int
+    adaptive: Adaptive
     score_draws: int
 
     def pixels(self, images: Sequence[int]) -> Tensor:
@@ -101,7 +102,7 @@ class Evaluator:
                 labels,
                 condition.attack,
                 prepared=self._deployed(condition),
-                draws=self.draws,
+                adaptive=self.adaptive,
                 images=images,
                 on_progress=lambda done, total: tick(),
             )
@@ -134,12 +135,10 @@ class Evaluator:
         attack, deployed = condition.attack, self._deployed(condition)
         if attack is None:
             return ""
-        if deployed is None or not deployed.randomised:
+        if deployed is None:
             return attack.budget
-        draws = self.draws if attack.method.gradients else 1
-        others = " and ".join(filter(None, variants(deployed, attack)))
-        stronger = f", stronger of BPDA and {others}" if others else ""
-        return f"{attack.budget}, EOT {draws}{stronger}, scored on {self.score_draws} fresh draws"
+        scored = f", scored on {self.score_draws} fresh draws" if deployed.randomised else ""
+        return self.adaptive.budget(deployed, attack) + scored
 
     def _answers(
         self, condition: Condition, pixels: Tensor, seeds: Sequence[int], tick: Callable[[], None]

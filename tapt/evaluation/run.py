@@ -23,6 +23,7 @@ from tapt.core.attacks import Attack
 from tapt.core.errors import InputError
 from tapt.data import LabelledImages, digest, load_data
 from tapt.defenses import all_defenses, find_defenses
+from tapt.defenses.adaptive import Adaptive
 from tapt.evaluation.evaluator import (
     Condition,
     Evaluator,
@@ -33,7 +34,7 @@ from tapt.evaluation.evaluator import (
 from tapt.evaluation.outcomes import Outcomes
 from tapt.evaluation.store import Store
 from tapt.files import check_output
-from tapt.model import ATTACKED_MODELS, DRAWS, Changes, Model, Selection
+from tapt.model import ATTACKED_MODELS, Changes, Model, Selection
 from tapt.packs.rows import text_table
 from tapt.processes import start_processes
 
@@ -75,7 +76,7 @@ def evaluate(
     out: str | os.PathLike[str] | None = None,
     limit: int | None = None,
     seed: int = 0,
-    draws: int = DRAWS,
+    adaptive: Adaptive | None = None,
     score_draws: int = 20,
     batch_size: int | None = None,
     selection: Selection = "float32",
@@ -92,7 +93,7 @@ def evaluate(
         any number of processes; further attacks and defences are added. None keeps all in memory.
     limit: a class-balanced subset of this many images.
     seed: of everything random, the attacks included.
-    draws: of a randomised defence as deployed, for each gradient.
+    adaptive: what an attack on a defence as deployed may spend.
     score_draws: fresh draws that score a randomised defence as deployed.
     batch_size: images per pass; changes nothing but speed.
     selection: precision in which views are selected; attacks and answers are float32.
@@ -106,7 +107,8 @@ def evaluate(
     """
     state = start_processes(model.backbone.device.type)
     names = [row.name for row in find_defenses(defenses)]
-    counts = {"limit": limit, "draws": draws, "score_draws": score_draws, "batch_size": batch_size}
+    adaptive = adaptive or Adaptive()
+    counts = {"limit": limit, "score_draws": score_draws, "batch_size": batch_size}
     attacked = [attacked] if isinstance(attacked, str) else attacked
     attacks = [attacks] if isinstance(attacks, Attack) else attacks
     attacks = [attack.updated(seed=seed) for attack in attacks]
@@ -121,12 +123,12 @@ def evaluate(
             labelled.classes, template=labelled.template, selection=selection, as_listed=True
         )
         prepared = model.prepare_defenses(clip, names, settings)
-        return Evaluator(model, clip, prepared, labelled, seed, draws, score_draws)
+        return Evaluator(model, clip, prepared, labelled, seed, adaptive, score_draws)
 
     evaluators = [evaluator(labelled, selection) for labelled in sets]
     size = batch_size or min(map(default_batch_size, evaluators))
     described = _describe(model, sets, settings)
-    described |= {"limit": limit, "draws": draws, "score_draws": score_draws}
+    described |= {"limit": limit, "adaptive": adaptive.model_dump(), "score_draws": score_draws}
     described |= {"seed": seed, "selection": selection}
     store.open(described)
     conditions = make_conditions(attacks, attacked, names)

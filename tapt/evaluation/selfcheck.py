@@ -22,12 +22,15 @@ from tapt.core.views import generators, image_seeds, random_view
 from tapt.data import LabelledImages, benchmarks
 from tapt.data.pictures import open_image
 from tapt.defenses import ImageBatch, PreparedDefense, find_defenses
+from tapt.defenses.adaptive import Adaptive
 from tapt.defenses.deployed import Deployed, ask, attack_deployed
+from tapt.evaluation.probes import Masked, NoDefense, Unmasked
 from tapt.model import VICTIM, Model
 
 EXAMPLES = Path(tapt.__file__).with_name("examples")
 IMAGES, FEW, DRAWS = 16, 4, 4
 LARGE, MIDDLE, SMALL = 128 / 255, 8 / 255, 1 / 255
+LEAN = Adaptive(pool=2, refresh=2, judging=4, draws=1)
 FEWER_VIEWS = {"views": 16, "keep": 0.25}  # it is the harness that is checked, not the defence
 
 
@@ -43,6 +46,7 @@ class Lab:
     pixels: Tensor
     attack: Callable[..., Tensor] = attack_images
     deployed: Callable[..., Tensor] = attack_deployed
+    ask: Callable[..., Tensor] = ask
 
     @torch.no_grad()
     def answers(self, model: Classifier, pixels: Tensor) -> Tensor:
@@ -59,13 +63,25 @@ class Lab:
         attacked = self.answers(model, self.attacked(model, attack))
         return float((attacked == self.answers(model, self.pixels)).float().mean())
 
-    def deployed_accuracy(self, name: str, attack: Attack, draws: int = 1) -> float:
-        """The same on the first few images for a defence as it is deployed, over fresh draws."""
-        prepared, pixels = self.defenses[name], self.pixels[:FEW]
+    def deployed_accuracy(
+        self,
+        prepared: PreparedDefense,
+        attack: Attack,
+        replayed: Classifier | None = None,
+        **changes: object,
+    ) -> float:
+        """The same on the first few images for a defence as it is deployed, over fresh draws.
+
+        replayed: the model whose attack is shown to it; default its own. changes: to `LEAN`.
+        """
+        pixels, adaptive = self.pixels[:FEW], LEAN.updated(**changes)
         seeds = image_seeds(0, range(len(pixels)))
-        labels = ask(prepared, pixels, seeds, "label", DRAWS).mean(0).argmax(-1)
-        attacked = self.deployed(prepared, pixels, labels, attack, draws=draws)
-        answers = ask(prepared, attacked, seeds, "score", DRAWS).argmax(-1)
+        labels = self.ask(prepared, pixels, seeds, "label", DRAWS).mean(0).argmax(-1)
+        if replayed is None:
+            attacked = self.deployed(prepared, pixels, labels, attack, adaptive=adaptive)
+        else:
+            attacked = self.attack(replayed, pixels, labels, attack)
+        answers = self.ask(prepared, attacked, seeds, "score", DRAWS).argmax(-1)
         return float((answers == labels).float().mean())
 
 
@@ -79,7 +95,7 @@ def large_epsilon(lab: Lab) -> Verdict:
     if max(left.values()) <= 0.1:  # the deployed ones take longer
         for name, prepared in lab.defenses.items():
             if prepared.randomised:
-                left[name] = lab.deployed_accuracy(name, Attack("pgd", LARGE, 8))
+                left[name] = lab.deployed_accuracy(prepared, Attack("pgd", LARGE, 8))
     return max(left.values()) <= 0.1, _percent(left)
 
 
@@ -114,10 +130,62 @@ def autoattack(lab: Lab) -> Verdict:
 def black_box(lab: Lab) -> Verdict:
     """A black-box attack on the deployed defence is not stronger than the adaptive one."""
     left = {
-        "square": lab.deployed_accuracy(VICTIM, Attack("square", MIDDLE, 60)),
-        "adaptive": lab.deployed_accuracy(VICTIM, Attack("pgd", MIDDLE, 10), draws=2),
+        "square": lab.deployed_accuracy(lab.defenses[VICTIM], Attack("square", MIDDLE, 60)),
+        "adaptive": lab.deployed_accuracy(lab.defenses[VICTIM], Attack("pgd", MIDDLE, 10)),
     }
     return left["adaptive"] <= left["square"] + 0.1, _percent(left)
+
+
+def no_weaker_than_replays(lab: Lab) -> Verdict:
+    """The attack on a deployed defence is not weaker than any attack that is replayed on it."""
+    attack, prepared = Attack("pgd", MIDDLE, 10), lab.defenses[VICTIM]
+    left = {"adaptive": lab.deployed_accuracy(prepared, attack)}
+    for name, model in (("clip", lab.clip.vanilla), ("static", lab.clip.static)):
+        left[f"from {name}"] = lab.deployed_accuracy(prepared, attack, model)
+    return left["adaptive"] <= min(left.values()) + 0.1, _percent(left)
+
+
+def more_pool(lab: Lab) -> Verdict:
+    """More steps and more states in the pool never help the deployed defender."""
+    left = {}
+    for pool, steps in ((1, 2), (1, 8), (4, 8)):
+        attack = Attack("pgd", MIDDLE, steps)
+        left[f"pool of {pool}, {steps} steps"] = lab.deployed_accuracy(
+            lab.defenses[VICTIM], attack, pool=pool, starts=False
+        )
+    fewer, *more = left.values()
+    return max(more) <= fewer + 0.15, _percent(left)
+
+
+def masked_gradient(lab: Lab) -> Verdict:
+    """BPDA breaks a defence that masks its gradient on purpose; the plain gradient does not."""
+    left = {
+        name: lab.deployed_accuracy(kind(lab.clip, None), Attack("pgd", MIDDLE, 10), starts=False)
+        for name, kind in (("plain gradient", Masked), ("BPDA", Unmasked))
+    }
+    return left["plain gradient"] >= 0.9 and left["BPDA"] <= 0.3, _percent(left)
+
+
+def no_defence(lab: Lab) -> Verdict:
+    """The attack breaks a defence that does nothing at random down to vanilla CLIP."""
+    attack, few = Attack("pgd", SMALL, 10), replace(lab, pixels=lab.pixels[:FEW])
+    left = {
+        "noise of 0": lab.deployed_accuracy(NoDefense(lab.clip), attack, starts=False),
+        "clip": few.accuracy(lab.clip.vanilla, attack),
+    }
+    return left["noise of 0"] <= left["clip"] + 1 / FEW, _percent(left)
+
+
+def other_draws(lab: Lab) -> Verdict:
+    """What scores a defence is neither what the attack saw nor what judged it."""
+    noted = [NoDefense(lab.clip) for _ in range(2)]
+    pixels, seeds = lab.pixels[:1], image_seeds(0, [0])
+    label = lab.answers(lab.clip.vanilla, pixels)
+    lab.deployed(noted[0], pixels, label, Attack("pgd", SMALL, 2), adaptive=LEAN)
+    lab.ask(noted[1], pixels, seeds, "score", DRAWS)
+    attack, score = (each.seeds for each in noted)
+    shared, enough = len(attack & score), len(score) == DRAWS and len(attack) > DRAWS
+    return enough and not shared, f"{shared} of {len(score)} are shared"
 
 
 def same_model(lab: Lab) -> Verdict:
@@ -138,7 +206,19 @@ def same_model(lab: Lab) -> Verdict:
     return exact and max(farthest.values()) < 1e-3, f"largest difference of a probability: {shown}"
 
 
-RULES = (large_epsilon, more_steps, rounding, autoattack, black_box, same_model)
+RULES = (
+    large_epsilon,
+    more_steps,
+    rounding,
+    autoattack,
+    black_box,
+    no_weaker_than_replays,
+    more_pool,
+    masked_gradient,
+    no_defence,
+    other_draws,
+    same_model,
+)
 
 
 def _nothing(model: Classifier, pixels: Tensor, labels: Tensor, attack: Attack) -> Tensor:
