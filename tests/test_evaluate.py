@@ -155,7 +155,11 @@ def test_a_folder_collects_attacks_and_refuses_other_settings_and_data(model, da
     others: list[tuple[object, dict, str]] = [
         (data, {"seed": 1}, "seed"),
         (data, {"settings": {"tapt.views": 5}}, "test_time"),
-        (write_noise(tmp_path / "noise", 1, count=1), {}, "data_sha256"),  # the same name and counts
+        (
+            write_noise(tmp_path / "noise", 1, count=1),
+            {},
+            "data_sha256",
+        ),  # the same name and counts
     ]
     for source, changes, name in others:
         with pytest.raises(InputError, match=rf"out was started with other settings \({name}\)"):
