@@ -20,7 +20,7 @@ COMMANDS = {
     "statistics": "token statistics for trained prompts; makes the finished pack",
     "push": "publish a pack on the Hugging Face Hub",
     "convert": "make a pack of a checkpoint of the method's research code",
-    "bench": "seconds and memory per image, beside the straightforward path",
+    "bench": "seconds and memory per image, of TAPT's step or of every defence",
     "demo": "serve the page",
 }
 

@@ -18,10 +18,9 @@ from tapt.comparison import Answer, Answers, Comparison, attacked_title
 from tapt.core.attacks import Attack, attack_images
 from tapt.core.errors import BackboneError, InputError, PackError
 from tapt.core.images import to_float, to_uint8
-from tapt.core.tuning import TuneConfig, tune
-from tapt.core.views import generators, image_seeds, make_views
+from tapt.core.views import image_seeds
 from tapt.data.names import parse_classes
-from tapt.defenses import find_defenses
+from tapt.defenses import ImageBatch, find_defenses
 from tapt.model import QUICK, Model, load
 from tapt.packs.format import save_pack
 
@@ -57,28 +56,16 @@ def test_results_come_in_order_and_the_last_pair_is_complete(model, image):
 
 
 def test_every_probability_is_the_defences_own(model, image, finished):
-    backbone, pack = model.backbone, model.pack
-    clip, settings = model.prepare(TOY_CLASSES), TuneConfig(**pack.test_time["tapt"])
-    pixels = backbone.preprocess(image)
+    clip, pixels = model.prepare(TOY_CLASSES), model.backbone.preprocess(image)
     assert torch.equal(finished.clean, pixels)
     labels = torch.tensor([finished.label])
     attacked = attack_images(clip.vanilla, pixels[None], labels, ATTACK)[0]
     assert torch.equal(finished.attacked, attacked)
     for kind, shown in (("clean", pixels), ("attacked", attacked)):
-        (generator,) = generators(image_seeds(0, [0]))
-        views = make_views(to_float(shown), settings.views, generator=generator)[None]
-        tuned = tune(
-            backbone, pack.prompts, views, clip.texts, statistics=pack.statistics, config=settings
-        )
-        expected = {
-            "clip": clip.vanilla(to_float(shown[None])).softmax(-1)[0],
-            "static": tuned.view_logits[0, 0].softmax(-1),
-            "ensemble": tuned.view_logits[0][tuned.kept[0]].softmax(-1).mean(0),
-            "tapt": tuned.logits[0].softmax(-1),
-        }
-        for name, probabilities in expected.items():
+        for name, defense in model.prepare_defenses(clip).items():
+            alone = defense.predict(ImageBatch(to_float(shown[None]), image_seeds(0, [0])))
             actual = getattr(finished[name], kind).probabilities
-            torch.testing.assert_close(actual, probabilities, atol=1e-5, rtol=0)
+            torch.testing.assert_close(actual, alone.probabilities[0], atol=1e-5, rtol=0)
 
 
 def test_without_an_attack_there_is_only_the_clean_picture(model, image):

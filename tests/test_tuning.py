@@ -17,9 +17,7 @@ from tapt.core.clip import PromptedClip
 from tapt.core.errors import Cancelled, InputError
 from tapt.core.losses import (
     Statistics,
-    TokenStatistics,
     alignment,
-    entropy,
     multi_view_entropy,
     view_statistics,
 )
@@ -75,8 +73,9 @@ def assert_same(one: Tuned, other: Tuned, tolerance: float = 1e-8) -> None:
 
 
 def test_a_batch_equals_the_straightforward_computation_of_each_image(setup: Setup):
-    """Several steps, so that AdamW's moments count; large ones, so that they show."""
-    config = CONFIG.updated(steps=3, lr=1e-3, alpha=0.3, weight_decay=0.1)
+    """Several steps, so that AdamW's moments count; large ones, after which other views would be
+    the most confident ones."""
+    config = CONFIG.updated(steps=3, lr=0.05, alpha=0.3, weight_decay=0.1)
     views = some_views(setup.backbone, 2)
     batch, untuned = setup.tune(views, config), setup.tune(views, config.updated(steps=0))
     assert (batch.logits - untuned.logits).abs().amax(1).min() > 0.01
@@ -125,15 +124,6 @@ def test_what_it_was_given_stays_as_it_was(setup: Setup):
     assert not any(t.requires_grad for t in results)
 
 
-def test_every_parameter_is_tuned_and_none_moves_further_than_a_step(setup: Setup):
-    tuned = setup.tune(some_views(setup.backbone, 1))
-    for name, start in setup.prompts.tensors.items():
-        moved = (tuned.prompts.tensors[name][0] - start).abs()
-        limit = CONFIG.lr * (1 + CONFIG.weight_decay * start.abs())
-        assert bool((moved <= limit + 1e-12).all()), name
-        assert float((moved > 0.5 * CONFIG.lr).double().mean()) > 0.5, name
-
-
 def test_a_joint_design_of_two_depths(exact: Backbone):
     """Where the visual depth is larger, text sets without a text block are there, and move through
     their projections."""
@@ -167,30 +157,6 @@ def test_it_works_inside_no_grad_and_under_another_default_device(setup: Setup):
         assert_same(inside, expected)
     logits = image_logits(setup.backbone, features, texts.features(setup.backbone, setup.prompts))
     torch.testing.assert_close(logits, expected.view_logits[0])
-
-
-def test_steps_keep_the_selection_of_the_first(setup: Setup, monkeypatch: pytest.MonkeyPatch):
-    passes = []
-    original = tapt.core.tuning.encode_image
-
-    def spy(backbone, images, *args, **options):
-        passes.append(images)
-        return original(backbone, images, *args, **options)
-
-    monkeypatch.setattr(tapt.core.tuning, "encode_image", spy)
-    views = some_views(setup.backbone, 1)
-    tuned = setup.tune(views, CONFIG.updated(steps=3, lr=0.5))  # the order may well change
-    kept = views[0][tuned.kept[0]]
-    assert tuned.kept.shape == (1, 3)
-    steps = [p for p in passes if len(p) == 3]
-    assert len(steps) == 3
-    assert all(torch.equal(step, kept) for step in steps)
-
-
-def test_the_most_confident_views_are_kept_in_order(setup: Setup):
-    tuned = setup.tune(some_views(setup.backbone, 2))
-    torch.testing.assert_close(tuned.entropies, entropy(tuned.view_logits))
-    assert torch.equal(tuned.kept, tuned.entropies.argsort(-1)[:, :3])
 
 
 @pytest.mark.parametrize(("views", "keep", "count"), [(10, 0.0, 1), (10, 0.39, 3), (4, 1.0, 4)])
@@ -233,16 +199,6 @@ def test_a_step_lowers_the_loss_and_its_terms_add_up(setup: Setup):
         torch.testing.assert_close(losses.total, losses.entropy + 100 / depth * mixed)
     assert (tuned.after.total < tuned.before.total).all()
     assert setup.tune(some_views(setup.backbone, 1)).after is None
-
-
-def test_alpha_chooses_between_the_two_statistics(exact: Backbone):
-    setup, views = Setup(exact, "V"), some_views(exact, 1)
-    only_clean = setup.tune(views, CONFIG.updated(alpha=0.0))
-    target = setup.statistics.clean
-    setup.statistics = Statistics(TokenStatistics(target.mean + 9, target.var + 9), target)
-    assert_same(setup.tune(views, CONFIG.updated(alpha=0.0)), only_clean, 0)
-    losses = setup.tune(views, CONFIG.updated(alpha=1.0)).before
-    torch.testing.assert_close(losses.total, losses.entropy + 100 / 3 * losses.adversarial)
 
 
 def test_aligned_blocks(exact: Backbone):
