@@ -61,7 +61,11 @@ class Job(Settings):
     design: Literal["V", "VLI", "VLJ"] = "VLI"
     classes: int = Field(100, ge=2, le=1000, description="how many")
     views: int = Field(64, ge=1, le=1024, description="the image and random crops of it")
-    selection: Selection = Field("float32", description="in which views are selected")
+    selection: Selection = Field(
+        "float32",
+        description="in which views are selected, except on the straightforward path",
+        json_schema_extra={"option": "precision"},
+    )
     repeats: int = Field(1, ge=1, le=1000, description="runs of which the medians are shown")
     threads: int | None = Field(None, ge=1, le=1024, description="default torch's choice")
     device: str | None = Field(None, description="default: cuda, mps or cpu")
