@@ -90,7 +90,7 @@ def bench(
         InputError: an argument is outside what is allowed; before any work.
         TaptError: there is not enough memory.
     """
-    names = defenses and [row.name for row in find_defenses(["clip", *defenses])]
+    names = None if defenses is None else [d.name for d in find_defenses(["clip", *defenses])]
     designs = (["VLI"] if names else ["V", "VLI"]) if designs is None else designs
     classes = ([100] if names else [10, 100]) if classes is None else classes
     if not designs or not classes:
