@@ -7,7 +7,7 @@ import json
 import sys
 from typing import Any
 
-from tapt.commands.options import add_precision, add_settings, given, names, positive
+from tapt.commands.options import add_settings, given, names, value_of
 from tapt.defenses import list_defenses
 from tapt.evaluation.bench import Job, bench, mistakes, table
 
@@ -26,31 +26,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--classes",
         dest="counts",
-        type=counts,
+        type=names,
         help="how many, by commas (default 10,100; for defences 100)",
     )
     parser.add_argument(
         "--designs", type=names, help="V, VLI, VLJ, by commas (default V,VLI; for defences VLI)"
     )
-    add_settings(parser, Job, only=("backbone", "views", "repeats", "threads", "device"))
-    add_precision(parser, "of the view selection, except on the straightforward path")
+    options = "backbone", "views", "selection", "repeats", "threads", "device"
+    add_settings(parser, Job, only=options)
     parser.add_argument("--json", action="store_true", help="print one JSON object")
-
-
-def counts(text: str) -> list[int]:
-    """Whole numbers, by commas."""
-    return [positive(part) for part in names(text)]
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints each row as soon as it is measured, or one JSON object at the end."""
     rows: list[dict[str, Any]] = []
     defenses = list_defenses() if args.defenses == ["all"] else args.defenses
+    counts = args.counts and [value_of(Job.model_fields["classes"], n) for n in args.counts]
     for row in bench(
         defenses=defenses,
         designs=args.designs,
-        classes=args.counts,
-        selection=args.precision,
+        classes=counts,
         **given(args, Job),
     ):
         rows.append(row)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from typing import get_args
 
 from tapt.commands.bars import ProgressBar
 from tapt.commands.options import (
@@ -10,7 +11,6 @@ from tapt.commands.options import (
     DATA_HELP,
     add_attack_options,
     add_model_options,
-    add_precision,
     add_test_time,
     attack_of,
     filled,
@@ -28,6 +28,7 @@ from tapt.defenses import find_defenses, list_defenses
 from tapt.defenses.adaptive import Adaptive
 from tapt.evaluation import check_record, evaluate, record
 from tapt.files import check_output
+from tapt.model import Selection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,10 +69,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch-size", type=positive, metavar="N", help="images per pass; the result is the same"
     )
-    add_precision(
-        parser,
-        "of the view selection; attacks and answers are float32. bfloat16 also reports how far it "
-        "agrees with float32, and both speeds",
+    parser.add_argument(
+        "--precision",
+        default="float32",
+        choices=get_args(Selection),
+        help="of the view selection; attacks and answers are float32. bfloat16 also reports how "
+        "far it agrees with float32, and both speeds",
     )
     parser.add_argument("--out", type=filled, required=True, help="folder for the results")
     parser.add_argument(

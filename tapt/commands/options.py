@@ -20,7 +20,7 @@ from tapt.core.settings import Settings, plain_type, rule
 from tapt.defenses import all_defenses
 from tapt.defenses.adaptive import Adaptive
 from tapt.files import check_output
-from tapt.model import Model, Selection, load
+from tapt.model import Model, load
 from tapt.packs.backbones import load_backbone, usable_device
 from tapt.processes import start_processes
 
@@ -193,12 +193,6 @@ def attack_of(args: argparse.Namespace, name: str, **changes: Any) -> Attack:
     if name in METHODS and not METHODS[name].gradients and args.queries is not None:
         values["steps"] = args.queries
     return Attack(**values)
-
-
-def add_precision(parser: argparse.ArgumentParser, help_text: str) -> None:
-    """In which views are selected."""
-    choices = typing.get_args(Selection)
-    parser.add_argument("--precision", default="float32", choices=choices, help=help_text)
 
 
 def add_training_options(parser: argparse.ArgumentParser, out: str) -> None:

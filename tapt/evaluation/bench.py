@@ -61,7 +61,11 @@ class Job(Settings):
     design: Literal["V", "VLI", "VLJ"] = "VLI"
     classes: int = Field(100, ge=2, le=1000, description="how many")
     views: int = Field(64, ge=1, le=1024, description="the image and random crops of it")
-    selection: Selection = Field("float32", description="in which views are selected")
+    selection: Selection = Field(
+        "float32",
+        description="in which views are selected, except on the straightforward path",
+        json_schema_extra={"option": "precision"},
+    )
     repeats: int = Field(1, ge=1, le=1000, description="runs of which the medians are shown")
     threads: int | None = Field(None, ge=1, le=1024, description="default torch's choice")
     device: str | None = Field(None, description="default: cuda, mps or cpu")
@@ -86,7 +90,7 @@ def bench(
         InputError: an argument is outside what is allowed; before any work.
         TaptError: there is not enough memory.
     """
-    names = defenses and [row.name for row in find_defenses(["clip", *defenses])]
+    names = None if defenses is None else [d.name for d in find_defenses(["clip", *defenses])]
     designs = (["VLI"] if names else ["V", "VLI"]) if designs is None else designs
     classes = ([100] if names else [10, 100]) if classes is None else classes
     if not designs or not classes:
