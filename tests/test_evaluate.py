@@ -93,8 +93,10 @@ def test_rows_can_be_counted_again_from_the_outcomes(whole):
     ]
     assert row["accuracy"] == pytest.approx(sum(right) / 3)
     best = "best of replays, crops, smooth step, BPDA by 1 draws, scored on 4 fresh draws"
-    assert row["budget"] == f"3 steps, pool of 2, one new every 2 steps, {best}"
+    assert row["budget"] == f"3 steps, pool of 2, one new every 4 steps, {best}"
     assert max(o.linf_255 for o in outcomes) == 2
+    one_draw = [o.right for o in outcomes if o.attacked_model == "static"]
+    assert all(share in (0, 1) for r in one_draw for share in r.values())
     for name, together in (("clip", 4), ("static", 4), ("deployed", 1)):
         assert {len(o.right) for o in outcomes if o.attacked_model == name} == {together}
 

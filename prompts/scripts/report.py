@@ -1,10 +1,10 @@
-"""Measures the embedded packs and writes their reports.
+"""Measures an embedded pack cell by cell and writes its report.
 
-    python prompts/scripts/report.py --data cifar10-test.zip
-    python prompts/scripts/report.py --data cifar10-test.zip --only vli/pgd-100
+    python prompts/scripts/report.py --data cifar10-test.zip --pack tiny/vli
+    python prompts/scripts/report.py --data cifar10-test.zip --pack tiny/vli --only deployed-tapt-2
 
-The measurements are cut into cells. Killed and called again, the script goes on where it was;
-finished cells cost seconds. After each one its rows are recorded in the pack and its card, and
+A cell ends after an hour at the latest. Killed or called again, the script goes on where it was;
+finished cells cost seconds. When a cell is done its rows are recorded in the pack and its card, and
 the pack's `report.md` and plots are written anew.
 """
 
@@ -12,84 +12,109 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tapt.__main__ import main as tapt
+from tapt.defenses import list_defenses
 from tapt.evaluation.report import plot_files, report
 from tapt.files import write_file
 
-PACKS = Path(__file__).resolve().parents[1] / "tiny"
-AT_2, AT_1_AND_4 = "--epsilon 2/255", "--epsilon 1/255,4/255"
-TRANSFER = "--attacked clip,static"
-DEPLOYED = f"--attacked deployed --limit 50 {AT_2} --steps 20 --eot 4 --rescore 20 --queries 100"
-AUTOATTACK = "--attack pgd,autoattack"
-RANDOM_START = "random-start"  # settings other than the pack's need a folder of their own
-# folder and options of `python -m tapt evaluate`; two cells of one folder share their images
-CELLS = {
-    "pgd-20": ("pgd-20", f"{TRANSFER} --limit 1000 {AT_2} --steps 20"),
-    "adaptive": ("deployed", DEPLOYED),
-    "pgd-100": ("strong", f"{TRANSFER} --limit 200 {AT_2} --steps 100"),
-    "autoattack": ("strong", f"{TRANSFER} --limit 200 {AT_2} --steps 100 --attack autoattack"),
-    RANDOM_START: (
-        RANDOM_START,
-        f"{TRANSFER} --limit 200 {AT_2} --steps 100 {AUTOATTACK} --defenses tapt --random-start",
-    ),
-    "square": ("deployed", f"{DEPLOYED} --attack square"),
-    "other-epsilons": ("other-epsilons", f"{TRANSFER} --limit 300 {AT_1_AND_4} --steps 20"),
-}
-ONLY_VLI = ("adaptive", "square", RANDOM_START)
-GRID = [
-    (pack, cell)
-    for cell in CELLS
-    for pack in ("vli", "v", "vlj")
-    if pack == "vli" or cell not in ONLY_VLI
-]
+ROOT = Path(__file__).resolve().parents[2]
+MANY = ("static", "ensemble", "tapt", "tapt-ensemble")
+OTHERS = [name for name in list_defenses() if name not in MANY]
+DEPLOYED = "--attacked deployed --attack {attack} --defenses {name} --epsilon {epsilon}/255"
+BUDGET = "--steps 40 --rescore 20 --batch-size 5"
+TRANSFER = "--attacked {model} --attack {attack} --epsilon {epsilon}/255 --limit 500 --steps 100"
+EVERYBODY = f" --defenses {','.join(list_defenses())}"
 
 
-def measure(pack: str, cell: str, data: str, out: Path) -> None:
-    """Runs one cell to its end."""
-    folder, options = CELLS[cell]
-    command = f"evaluate --backbone tiny --pack tiny/{pack} --record {options}".split()
-    if tapt([*command, "--data", data, "--out", str(out / pack / folder)]):
-        sys.exit(f"{pack}/{cell} failed.")
+def cells() -> dict[str, tuple[str, str]]:
+    """Folder and options of `tapt evaluate` of each cell; cells of one folder share their images.
+    Paired differences need that, so static and ensemble stand in both folders."""
+    every = {}
+
+    def deployed(epsilon: int, n: int, name: str) -> None:
+        options = DEPLOYED.format(attack="pgd", name=name, epsilon=epsilon)
+        few = "" if n == 200 else f"-{n}"
+        every[f"deployed-{name}-{epsilon}{few}"] = (
+            f"deployed-{n}",
+            f"{options} {BUDGET} --limit {n}",
+        )
+
+    for epsilon in (2, 1):
+        for name in MANY:
+            deployed(epsilon, 200, name)
+        for name in (*MANY[:2], *OTHERS):
+            deployed(epsilon, 100, name)
+    for attack in ("pgd", "apgd", "autoattack"):
+        for epsilon in (2, 1):
+            for model in ("clip", "static"):
+                options = TRANSFER.format(model=model, attack=attack, epsilon=epsilon)
+                every[f"transfer-{attack}-{model}-{epsilon}"] = "transfer", options + EVERYBODY
+    for model in ("clip", "static"):  # CW knows no epsilon
+        options = TRANSFER.format(model=model, attack="cw", epsilon=2)
+        every[f"transfer-cw-{model}"] = "transfer", options + EVERYBODY
+    for name in (*MANY, *OTHERS):
+        deployed(4, 200, name)
+    square = DEPLOYED.format(attack="square", name="tapt", epsilon=2)
+    square += " --queries 1000 --draws 4 --rescore 20 --batch-size 5 --limit 20"
+    every["square-tapt-2"] = "square", square
+    return every
+
+
+def measure(pack: str, cell: str, data: str, out: Path, minutes: float) -> bool:
+    """Runs one cell; False where the time was up."""
+    folder, options = cells()[cell]
+    command = f"-m tapt evaluate --pack {pack} --record {options}".split()
+    places = ["--data", str(Path(data).resolve()), "--out", str((out / pack / folder).resolve())]
+    try:
+        code = subprocess.run(
+            [sys.executable, *command, *places], cwd=ROOT, timeout=60 * minutes
+        ).returncode
+    except subprocess.TimeoutExpired:
+        return False
+    if code:
+        sys.exit(f"{pack}, {cell} failed.")
+    return True
 
 
 def write_report(pack: str, out: Path) -> None:
     """One report of all the pack's folders, with the settings that they share."""
-    folders = dict.fromkeys(folder for folder, _ in CELLS.values())
+    folders = dict.fromkeys(folder for folder, _ in cells().values())
     paths = [path for name in folders if (path := out / pack / name / "results.json").exists()]
-    summaries = {path.parent.name: json.loads(path.read_text()) for path in paths}
-    own = [name for name in summaries if name != RANDOM_START] or list(summaries)
-    first, *others = (summaries[name]["settings"] for name in own)
-    common = {k: v for k, v in first.items() if all(each.get(k) == v for each in others)}
+    summaries = [json.loads(path.read_text()) for path in paths]
+    first, *others = (summary["settings"] for summary in summaries)
     merged = {
-        "settings": common,
+        "settings": {k: v for k, v in first.items() if all(each.get(k) == v for each in others)},
         **{
-            part: [row for summary in summaries.values() for row in summary[part]]
+            part: [row for summary in summaries for row in summary[part]]
             for part in ("rows", "paired", "agreement")
         },
     }
     plots = plot_files(merged["rows"])
     for name, content in plots.items():
-        write_file(PACKS / pack / name, content)
-    write_file(PACKS / pack / "report.md", report(merged, list(plots)).encode())
+        write_file(ROOT / "prompts" / pack / name, content)
+    write_file(ROOT / "prompts" / pack / "report.md", report(merged, list(plots)).encode())
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    names = list(cells())
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", required=True, help="test images, a folder or zip of classes")
-    parser.add_argument("--only", help="one cell, such as vli/pgd-20")
+    parser.add_argument("--pack", default="tiny/vli", help="an embedded pack")
+    parser.add_argument("--only", choices=names, metavar="CELL", help=f"of {', '.join(names)}")
+    parser.add_argument("--minutes", type=float, default=60, help="that a cell may take")
     parser.add_argument("--out", type=Path, default=Path("out/report"), help="for the outcomes")
     args = parser.parse_args()
-    names = [f"{pack}/{cell}" for pack, cell in GRID]
-    if args.only and args.only not in names:
-        parser.error(f"--only must be one of {', '.join(names)}")
-    for pack, cell in GRID:
-        if args.only in (None, f"{pack}/{cell}"):
-            measure(pack, cell, args.data, args.out)
-            write_report(pack, args.out)
+    for cell in [args.only] if args.only else names:
+        if measure(args.pack, cell, args.data, args.out, args.minutes):
+            write_report(args.pack, args.out)
+        else:
+            print(f"{cell}: the time is up; the next call goes on.", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,7 @@ class Adaptive(Settings):
     """What an attack on a defence as deployed spends, beside its steps."""
 
     pool: int = Field(4, ge=1, le=64, description="states of the defence that a gradient passes")
-    refresh: int = Field(2, ge=1, le=1000, description="steps from one new state to the next")
+    refresh: int = Field(4, ge=1, le=1000, description="steps from one new state to the next")
     judging: int = Field(8, ge=1, le=1000, description="draws that choose the attacked image")
     draws: int = Field(4, ge=1, le=1000, description="draws per query of Square, step of CW")
     starts: bool = Field(True, description="start the attack on a deployed one from cheaper ones")
