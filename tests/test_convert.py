@@ -20,8 +20,7 @@ from tapt.core.errors import PackError
 from tapt.core.prompts import class_texts, image_logits
 from tapt.core.towers import encode_image
 from tapt.packs.card import write_pack
-from tapt.packs.checkpoint import Placeholder, StoredTensor, read_checkpoint
-from tapt.packs.convert import convert_files
+from tapt.packs.convert import Foreign, convert_files, read_checkpoint
 from tapt.packs.format import Pack, load_pack
 
 STATISTICS = ("means", "vars", "means_clean", "vars_clean")
@@ -136,72 +135,66 @@ def test_half_precision_and_data_parallel_names(research):
     assert torch.equal(loaded, original.half().float())
 
 
+def scaled(state: dict, factor: float) -> None:
+    state["image_encoder.VPT"] = state["image_encoder.VPT"] * factor
+
+
 CHANGES = {
     "missing": (
-        "VLI",
-        lambda s: (
-            s.pop("prompt_learner.ctx"),
-            s.pop("text_encoder.transformer.resblocks.2.VPT_shallow"),
-        ),
-        ["lacks prompt_learner.ctx"],
-    ),
-    "several-missing": (
         "VLJ",
         lambda s: [
             s.pop(f"prompt_learner.{k}") for k in ("proj.weight", "compound_prompts_text.0")
         ],
-        ["lacks prompt_learner.compound_prompts_text.0, prompt_learner.proj.weight for"],
+        "lacks prompt_learner.compound_prompts_text.0, prompt_learner.proj.weight for",
     ),
-    "first-missing": ("V", lambda s: s.pop("image_encoder.VPT"), ["lacks image_encoder.VPT"]),
+    "no-context": ("VLI", lambda s: s.pop("prompt_learner.ctx"), "lacks prompt_learner.ctx"),
+    "first-missing": ("V", lambda s: s.pop("image_encoder.VPT"), "lacks image_encoder.VPT"),
     "gap": (
         "V",
         lambda s: s.pop("image_encoder.transformer.resblocks.1.VPT_shallow"),
-        ["unknown parameters", "image_encoder.transformer.resblocks.2.VPT_shallow"],
+        "unknown parameters for design V: image_encoder.transformer.resblocks.2.VPT_shallow",
     ),
     "unknown": (
         "VLJ",
         lambda s: s.update({"prompt_learner.extra": torch.zeros(1), "zebra": torch.zeros(1)}),
-        ["unknown parameters for design VLJ: prompt_learner.extra, zebra."],
+        "unknown parameters for design VLJ: prompt_learner.extra, zebra.",
     ),
     "shape": (
         "V",
         lambda s: s.update({k: v[:, :5] for k, v in s.items() if "VPT" in k}),
-        ["visual must have shape", "got (3, 2, 5)"],
+        "got (3, 2, 5)",
     ),
     "uneven": (
         "V",
         lambda s: s.update({"image_encoder.VPT": s["image_encoder.VPT"][:1]}),
-        ["do not fit together"],
+        "do not fit together",
     ),
-    "nan": (
-        "V",
-        lambda s: s.update({"image_encoder.VPT": s["image_encoder.VPT"] * float("nan")}),
-        ["visual has values that are not finite"],
-    ),
+    "nan": ("V", lambda s: scaled(s, float("nan")), "visual has values that are not finite"),
 }
 
 
 @pytest.mark.parametrize("case", CHANGES)
 def test_what_is_wrong_with_a_checkpoint_is_listed(research, case: str):
-    design, change, sentences = CHANGES[case]
-    error = refused(research(entry(design), change))
-    assert all(sentence in error for sentence in sentences), error
+    design, change, sentence = CHANGES[case]
+    assert sentence in refused(research(entry(design), change))
 
 
 def test_a_checkpoint_of_another_design(research):
     assert "unknown parameters for design VLJ" in refused(research(entry("VLI")), "VLJ")
 
 
-def test_statistics_of_another_shape(research, tmp_path):
+def test_wrong_files(research, tmp_path: Path):
     convert = research(entry("V"))
-    torch.save(torch.zeros(4, 17, 128), tmp_path / "vars.pt")
-    assert "adversarial.var must have shape" in refused(convert)
-    torch.save(
-        load_file(PREFIX + ".safetensors")[f"{entry('V')}target.vars"] - 9, tmp_path / "vars.pt"
-    )
-    assert "adversarial.var has negative values" in refused(convert)
-    torch.save({"vars": torch.zeros(4, 17, 128)}, tmp_path / "vars.pt")
-    assert "'vars.pt' is not a file of one tensor" in refused(convert)
+    right = torch.load(tmp_path / "vars.pt")
+    for content, sentence in (
+        (torch.zeros(4, 17, 128), "adversarial.var must have shape"),
+        (right - 9, "adversarial.var has negative values"),
+        ({"vars": right}, "'vars.pt' is not a file of one tensor"),
+    ):
+        torch.save(content, tmp_path / "vars.pt")
+        assert sentence in refused(convert)
+    torch.save([1, 2], tmp_path / "model.pth.tar-50")
+    assert "'model.pth.tar-50' has no state_dict" in refused(convert)
 
 
 class Malice:
@@ -224,20 +217,24 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path):
         Malice(torch.load, str(target)),
         Malice(Path.touch, target),
     ]
-    path = tmp_path / "bad.pth"
-    torch.save({"state_dict": {"a": torch.ones(2)}, "other": malice}, path)
-    content = read_checkpoint(path)
-    assert not target.exists()
-    assert torch.equal(content["state_dict"]["a"].read(), torch.ones(2))
-    assert all(isinstance(item, Placeholder) for item in content["other"])
-    pickle.loads(pickle.dumps(malice[1:2]))
+    read = []
+    for number, item in enumerate(malice):
+        path = tmp_path / f"{number}.pth"
+        torch.save({"state_dict": {"a": torch.ones(2)}, "other": item}, path)
+        with suppress(PackError):
+            read.append(read_checkpoint(path))
+        assert not target.exists()
+    assert all(torch.equal(content["state_dict"]["a"], torch.ones(2)) for content in read)
+    assert [type(content["other"]) for content in read] == 4 * [Foreign]
+    pickle.loads(pickle.dumps(malice[1]))
     assert target.exists()  # what the standard reader makes of it
 
 
 def raw(path: Path, pickled: bytes, data: bytes = b"\x00" * 16, **options: int) -> Path:
     with zipfile.ZipFile(path, "w", **options) as archive:
         archive.writestr("x/data.pkl", pickled)
-        archive.writestr("x/data/0", data)
+        for name, content in (("data/0", data), ("version", b"3"), ("byteorder", b"little")):
+            archive.writestr(f"x/{name}", content)
     return path
 
 
@@ -248,13 +245,14 @@ def test_pickles_that_reach_for_more(tmp_path: Path):
         f"(S'touch {target}'\nios\nsystem\n.".encode(),
         f"(cos\nsystem\nS'touch {target}'\no.".encode(),
         b"\x80\x04\x8c\x05torch\x8c\x13_utils.os.system.xx\x93.",
-        b"ctorch._utils\n_rebuild_tensor_v2\n}S'__defaults__'\nI1\ns\x86b.",
-        b"ccollections\nOrderedDict\n}S'update'\nI1\nsb.",
+        b"ctorch._utils\n_rebuild_tensor_v2\n}X\x0c\x00\x00\x00__defaults__K\x01s\x86b.",
+        b"ccollections\nOrderedDict\n}X\x06\x00\x00\x00updateK\x01sb.",
     ):
         with suppress(PackError):
             read_checkpoint(raw(tmp_path / "x.pth", pickled))
         assert not target.exists()
     assert OrderedDict(a=1) == {"a": 1}
+    assert torch._utils._rebuild_tensor_v2.__defaults__ == (None,)
 
 
 def stored(size: tuple, stride: tuple, offset: int = 0) -> bytes:
@@ -277,19 +275,16 @@ def stored(size: tuple, stride: tuple, offset: int = 0) -> bytes:
     return out.getvalue()
 
 
-def test_tensors_stay_inside_their_storage(tmp_path: Path):
-    whole = read_checkpoint(raw(tmp_path / "x.pth", stored((2, 2), (2, 1))))
-    assert isinstance(whole, StoredTensor)
-    assert torch.equal(whole.read(), torch.zeros(2, 2))
-    for wrong in (
-        ((5,), (1,)),
-        ((2,), (9,)),
-        ((2,), (1,), 3),
-        ((10**6, 10**6), (0, 0)),
-        ((-1,), (1,)),
-    ):
+def test_tensors_stay_inside_their_storage(research, tmp_path: Path):
+    path = tmp_path / "x.pth"
+    whole = read_checkpoint(raw(path, stored((2, 2), (2, 1))))
+    assert torch.equal(whole, torch.zeros(2, 2))
+    for wrong in (((5,), (1,)), ((2,), (9,)), ((2,), (1,), 3), ((10**13,), (1,)), ((-1,), (1,))):
         with pytest.raises(PackError, match="is not a whole checkpoint"):
-            read_checkpoint(raw(tmp_path / "x.pth", stored(*wrong))).read()
+            read_checkpoint(raw(path, stored(*wrong)))
+    convert = research(entry("V"))
+    raw(tmp_path / "vars.pt", stored((10**6, 10**6), (0, 0)))
+    assert "'vars.pt' has a tensor that is larger than its storage" in refused(convert)
 
 
 def test_files_that_are_no_checkpoints(tmp_path: Path):
@@ -305,9 +300,3 @@ def test_files_that_are_no_checkpoints(tmp_path: Path):
         path.write_bytes(content)
         with pytest.raises(PackError, match=r"'x\.pth' is not a whole checkpoint in the zip"):
             read_checkpoint(path)
-
-
-def test_a_checkpoint_without_a_state_dict(research, tmp_path):
-    convert = research(entry("V"))
-    torch.save([1, 2], tmp_path / "model.pth.tar-50")
-    assert "'model.pth.tar-50' has no state_dict" in refused(convert)

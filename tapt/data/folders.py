@@ -8,7 +8,7 @@ from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from tapt.core.errors import DataError
-from tapt.data.images import LabelledImages, check_classes, file_bytes, open_file
+from tapt.data.images import LabelledImages, check_classes, labelled_files
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}
@@ -20,21 +20,12 @@ def from_folder(folder: Path, source: str) -> LabelledImages:
     in parts such as train and test."""
 
     def images(pattern: str) -> list[PurePosixPath]:
-        return _images(
-            PurePosixPath(p.relative_to(folder).as_posix()) for p in folder.glob(pattern)
-        )
+        return _images(p.relative_to(folder).as_posix() for p in folder.glob(pattern))
 
     files = images("*/*")
     if not files:
         _refuse_parts({file.parts[0] for file in images("*/*/*")}, source)
-
-    def read(i: int) -> bytes:
-        return (folder / files[i]).read_bytes()
-
-    def content(i: int) -> bytes:
-        return file_bytes(lambda: read(i), f"{files[i]} in {source!r}")
-
-    return _labelled(files, read, content, source)
+    return _labelled(files, source, lambda i: (folder / files[i]).read_bytes())
 
 
 def from_zip(path: Path, source: str) -> LabelledImages:
@@ -45,7 +36,7 @@ def from_zip(path: Path, source: str) -> LabelledImages:
     except Exception as error:  # a damaged directory raises whatever it stumbles over
         raise DataError(f"{source!r} is a damaged zip.") from error
     members = {PurePosixPath(info.filename): info for info in archive.infolist()}
-    names = _images(PurePosixPath(name) for name in archive.namelist())
+    names = _images(archive.namelist())
     for one, other in pairwise(names):
         if one == other:
             raise DataError(f"{source!r} has {str(one)!r} twice.")
@@ -54,21 +45,21 @@ def from_zip(path: Path, source: str) -> LabelledImages:
     def read(i: int) -> bytes:
         info = members[names[i]]
         if info.file_size > MAX_MEMBER_BYTES:
-            raise ValueError
+            raise ValueError("too large")
         return archive.read(info)
 
     def content(i: int) -> bytes:
         info = members[names[i]]
         return f"{info.CRC}:{info.file_size}".encode()
 
-    return _labelled(names, read, content, source)
+    return _labelled(names, source, read, content)
 
 
-def _images(files: Iterable[PurePosixPath]) -> list[PurePosixPath]:
+def _images(names: Iterable[str]) -> list[PurePosixPath]:
     """Paths of images in folders, sorted, without what macOS adds to a zip."""
     return sorted(
         file
-        for file in files
+        for file in map(PurePosixPath, names)
         if file.suffix.lower() in IMAGE_SUFFIXES
         and len(file.parts) >= 2
         and not file.name.startswith("._")
@@ -87,9 +78,9 @@ def _refuse_parts(parts: Collection[str], source: str, allowed: int = 0) -> None
 
 def _labelled(
     files: Sequence[PurePosixPath],
-    read: Callable[[int], bytes],
-    content: Callable[[int], bytes],
     source: str,
+    read: Callable[[int], bytes],
+    content: Callable[[int], bytes] | None = None,
 ) -> LabelledImages:
     if not files:
         raise DataError(f"{source!r} has no class folders with images (<class>/<image>.jpg).")
@@ -97,10 +88,10 @@ def _labelled(
     _refuse_parts([name for name in classes if name.lower() in PARTS], source, allowed=1)
     check_classes(classes, source)
     index = {name: i for i, name in enumerate(classes)}
-    return LabelledImages(
-        tuple(classes),
-        tuple(index[file.parent.name] for file in files),
-        lambda i: open_file(lambda: read(i), f"{files[i]} in {source!r}"),
-        content,
-        Path(source).stem,
-    )
+    labels = tuple(index[file.parent.name] for file in files)
+
+    def words(i: int) -> str:
+        return f"{files[i]} in {source!r}"
+
+    name = Path(source).stem
+    return labelled_files(tuple(classes), labels, read, words, name, content=content)

@@ -94,24 +94,37 @@ def check_classes(classes: Sequence[str], source: str) -> None:
             raise DataError(f"{source!r} has {other!r} and {name!r} as two classes: merge them.")
 
 
-def file_bytes(read: Callable[[], bytes], name: str) -> bytes:
-    """The bytes of a file or of a zip's member; `DataError` with `name` where they cannot be
-    read."""
-    try:
-        return read()
-    except Exception as error:  # zips raise whatever their decoders stumble over
-        raise DataError(
-            f"{name} cannot be read: it is missing, damaged, encrypted or packed in an unknown way."
-        ) from error
+def labelled_files(
+    classes: tuple[str, ...],
+    labels: tuple[int, ...],
+    data: Callable[[int], bytes],
+    words: Callable[[int], str],
+    name: str,
+    template: str | None = None,
+    content: Callable[[int], bytes] | None = None,
+) -> LabelledImages:
+    """Images that lie in files, of a folder or of a zip.
 
+    data: bytes of file `i`. words: its name, for a `DataError` where it cannot be read or is no
+        image. content: where something shorter than the bytes tells them apart.
+    """
 
-def open_file(read: Callable[[], bytes], name: str) -> Image.Image:
-    """Decodes an image file as `open_image` does; `DataError` where `name` cannot be read or is
-    no image."""
-    try:
-        return open_image(file_bytes(read, name))
-    except InputError as error:
-        raise DataError(f"{name}: {error}") from error
+    def read_bytes(i: int) -> bytes:
+        try:
+            return data(i)
+        except Exception as error:  # zips raise whatever their decoders stumble over
+            raise DataError(
+                f"{words(i)} cannot be read: it is missing, damaged, encrypted or packed in an "
+                "unknown way."
+            ) from error
+
+    def read(i: int) -> Image.Image:
+        try:
+            return open_image(read_bytes(i))
+        except InputError as error:
+            raise DataError(f"{words(i)}: {error}") from error
+
+    return LabelledImages(classes, labels, read, content or read_bytes, name, template)
 
 
 class Pixels:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,14 @@ from torch import nn
 from tapt.core.backbone import Backbone, Tokenizer
 from tapt.core.errors import BackboneError
 from tapt.files import file_sha256
-from tapt.packs.architecture import BAD_CONFIG, check_size, check_towers, read_config, stored_values
+from tapt.packs.architecture import (
+    BAD_CONFIG,
+    check_folder,
+    check_towers,
+    preprocessor,
+    stored_values,
+)
 from tapt.packs.hub import Origin, Progress, Snapshot, Token, parse_id, snapshot
-from tapt.packs.preprocess import preprocessor
 
 _INSTALLED = Path(__file__).resolve().parents[1] / "_prompts"
 EMBEDDED = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2] / "prompts"
@@ -68,15 +73,13 @@ def load_backbone(
     )
     source, sha256, origin = name, None, None
     if kind == "random":
-        if rest in open_clip.list_models():
-            check_towers(open_clip.get_model_config(rest) or {}, name)
         model, tokenizer = random_model(rest)
     elif embedded or kind == "local-dir":
         folder = EMBEDDED / name / "backbone" if embedded else Path(rest).expanduser()
         model, tokenizer = _load_folder(folder, name)
         sha256 = file_sha256(folder / WEIGHTS_FILE)
     elif kind == "hf-hub":
-        fetched = fetch(rest, (CONFIG_FILE, WEIGHTS_FILE))
+        fetched = fetch(rest, {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: MAX_BYTES})
         model, tokenizer = _load_folder(fetched.folder, name)
         source, origin = name.partition("@")[0], fetched.origin
         sha256 = fetched.sha256(WEIGHTS_FILE)
@@ -107,21 +110,18 @@ def hub_repo(name: str) -> str | None:
     return tag.get("hf_hub", "").rpartition("/")[0] or None
 
 
-def _fetch(name: str, files: Sequence[str], *, revision: str | None, **options: Any) -> Snapshot:
+def _fetch(
+    name: str, files: Mapping[str, int], *, revision: str | None, **options: Any
+) -> Snapshot:
     where = parse_id(f"{name}@{revision}" if revision else name)
     if where is None or where.subfolder:
         raise BackboneError(f"{name!r} is not a Hub id; write owner/name or owner/name@revision.")
-    sizes = {file: MAX_CONFIG_BYTES if file == CONFIG_FILE else MAX_BYTES for file in files}
-    return snapshot(where, sizes, **options)
+    return snapshot(where, files, **options)
 
 
 def _load_folder(folder: Path, name: str) -> Loaded:
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise BackboneError(f"Backbone {name!r} has no {file}.")
-    config = read_config(folder / CONFIG_FILE, name)
-    check_size(config, stored_values(folder / WEIGHTS_FILE, name), name)
-    return pretrained_model(f"local-dir:{folder}", name)
+    check_folder(folder, CONFIG_FILE, WEIGHTS_FILE, name)
+    return _pretrained(f"local-dir:{folder}", name)
 
 
 def _load_tag(name: str, fetch: Callable[..., Snapshot]) -> tuple[Loaded, str, Origin]:
@@ -140,10 +140,10 @@ def _load_tag(name: str, fetch: Callable[..., Snapshot]) -> tuple[Loaded, str, O
     cfg = open_clip.get_pretrained_cfg(architecture, tag)
     repo, _, file = cfg.get("hf_hub", "").rpartition("/")
     file = file if file.endswith(".safetensors") else WEIGHTS_FILE
-    fetched = fetch(repo, (file,))
+    fetched = fetch(repo, {file: MAX_BYTES})
     stored_values(fetched.folder / file, full)
     # OpenAI's weights were trained with QuickGELU; the plain architecture would only warn
-    loaded = pretrained_model(
+    loaded = _pretrained(
         architecture,
         full,
         pretrained=str(fetched.folder / file),
@@ -158,32 +158,29 @@ def _load_tag(name: str, fetch: Callable[..., Snapshot]) -> tuple[Loaded, str, O
 
 def random_model(architecture: str) -> Loaded:
     """An open_clip model with random weights, always the same ones; `BackboneError` where
-    open_clip does not know the architecture."""
+    open_clip does not know the architecture, or prompts cannot enter it."""
     if architecture not in open_clip.list_models():
         raise BackboneError(
             f"open_clip has no architecture {architecture!r}; open_clip.list_models() names them."
         )
+    check_towers(open_clip.get_model_config(architecture) or {}, f"random:{architecture}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return open_clip.create_model(architecture), _tokenizer(architecture)
+        return open_clip.create_model(architecture), open_clip.get_tokenizer(architecture)
 
 
-def pretrained_model(source: str, name: str, **options: Any) -> Loaded:
-    """An open_clip model with weights of this computer; `BackboneError` where they do not fit or
-    are not finite, or there is no tokenizer.
-
-    source: `local-dir:FOLDER`, or an architecture whose weights `options["pretrained"]` names.
-    name: of the backbone in messages.
-    """
-    with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
-        try:
+def _pretrained(source: str, name: str, **options: Any) -> Loaded:
+    """An open_clip model with weights of this computer, by `local-dir:FOLDER` or an architecture
+    whose weights `options["pretrained"]` names."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
             model, _ = open_clip.create_model_from_pretrained(source, **options)
-        except BAD_CONFIG as error:
-            message = f"The weights of {name!r} do not fit its architecture."
-            raise BackboneError(message) from error
+        tokenizer: Tokenizer = open_clip.get_tokenizer(source)
+    except BAD_CONFIG as error:
+        raise BackboneError(f"The weights of {name!r} do not fit its architecture.") from error
     if not all(torch.isfinite(weights).all() for weights in model.parameters()):
         raise BackboneError(f"The weights of {name!r} have values that are not finite.")
-    return model, _tokenizer(source)
+    return model, tokenizer
 
 
 def usable_device(device: str | torch.device | None = None) -> torch.device:
@@ -198,11 +195,3 @@ def usable_device(device: str | torch.device | None = None) -> torch.device:
         return place.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BackboneError(f"PyTorch has no device {str(device)!r} on this computer.") from error
-
-
-def _tokenizer(name: str) -> Tokenizer:
-    try:
-        tokenizer: Tokenizer = open_clip.get_tokenizer(name)
-        return tokenizer
-    except BAD_CONFIG as error:
-        raise BackboneError(f"The tokenizer of {name!r} could not be loaded.") from error
