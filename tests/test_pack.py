@@ -272,11 +272,19 @@ def test_wrong_tensors(toy: Backbone, folder: Path, change: str):
     assert expected in message
 
 
-@pytest.mark.parametrize("kept", [0, 20, -4])
-def test_truncated_safetensors(toy: Backbone, folder: Path, kept: int):
-    path = folder / STATISTICS
-    path.write_bytes(path.read_bytes()[:kept])
-    message = f"{STATISTICS} of pack {str(folder)!r} is not a complete safetensors file."
+def header(text: bytes, size: int | None = None) -> bytes:
+    return (size or len(text)).to_bytes(8, "little") + text
+
+
+HUGE = b'{"visual":{"dtype":"F32","shape":[2500000000],"data_offsets":[0,10000000000]}}'
+PICKLE = b"\x80\x02c__builtin__\neval\n."
+
+
+@pytest.mark.parametrize("content", [0, 20, -4, header(b"{}", 10**10), header(HUGE), PICKLE])
+def test_what_is_no_whole_safetensors_file(toy: Backbone, folder: Path, content: int | bytes):
+    path = folder / PROMPTS
+    path.write_bytes(content if isinstance(content, bytes) else path.read_bytes()[:content])
+    message = f"{PROMPTS} of pack {str(folder)!r} is not a complete safetensors file."
     assert refused(folder, toy) == message
 
 
