@@ -8,10 +8,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import open_clip
 import pytest
 import torch
-from conftest import local_backbone, toy_config, write_backbone
+from conftest import local_backbone
 from safetensors.torch import load_file, save_file
 
 from tapt.core.backbone import Backbone
@@ -108,26 +107,25 @@ def edit_config(folder: Path, change: Callable[[dict], object]) -> None:
     (folder / CONFIG).write_text(json.dumps(config))
 
 
-def changed_backbone(folder: Path, **changes: object) -> Backbone:
-    config = json.loads((folder / "open_clip_config.json").read_text())
-    config["preprocess_cfg"].update(changes)
-    (folder / "open_clip_config.json").write_text(json.dumps(config))
-    return local_backbone(folder)
-
-
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ({"sha256": "0" * 64}, "has other weights"),
+        ({"mean": [0.5, 0.5, 0.5]}, "normalises its images otherwise"),
+        ({"architecture": {"text_blocks": 2}}, "has another architecture"),
+    ],
+)
 def test_another_backbone_is_refused_and_the_right_one_named(
-    toy: Backbone, toy_folder: Path, folder: Path, tmp_path: Path
+    toy: Backbone, folder: Path, change: dict, difference: str
 ):
-    config = toy_config(layers=2)
-    write_backbone(tmp_path / "small", config, dict(open_clip.CLIP(**config).state_dict()))
-    grey = Path(shutil.copytree(toy_folder, tmp_path / "grey"))
-    for other, difference in (
-        (local_backbone(tmp_path / "small"), "has another architecture"),
-        (replace(toy, name="local-dir:other", sha256="0" * 64), "has other weights"),
-        (changed_backbone(grey, mean=[0.5, 0.5, 0.5]), "normalises its images otherwise"),
-    ):
-        message = refused(folder, other)
-        assert f"was made for backbone {toy.name!r}; {other.name!r} {difference}." in message
+    def edit(config: dict) -> None:
+        base = config["base_model"]
+        sizes = base["architecture"] | change.get("architecture", {})
+        base.update(change, source="hf-hub:owner/clip", revision="v1", architecture=sizes)
+
+    edit_config(folder, edit)
+    ending = f"was made for backbone 'hf-hub:owner/clip@v1'; {toy.name!r} {difference}."
+    assert refused(folder, toy).endswith(ending)
 
 
 @pytest.mark.parametrize("file", [CONFIG, PROMPTS, STATISTICS])
