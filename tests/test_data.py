@@ -6,7 +6,6 @@ import re
 import struct
 import zipfile
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -104,42 +103,30 @@ def test_a_picture_is_read_as_for_one_prediction(folder: Path):
     assert (image.size, image.tobytes()) == ((4, 8), open_image(path).tobytes())
 
 
-def changed(archive: Path, change: Callable[[bytearray, int], None]) -> None:
-    """Changes bytes of a zip; `change` gets them and where the member cat/0.png starts."""
-    with zipfile.ZipFile(archive) as file:
-        offset = file.getinfo("cat/0.png").header_offset
-    content = bytearray(archive.read_bytes())
-    change(content, offset)
-    archive.write_bytes(content)
-
-
-def set_in_both_headers(content: bytearray, offset: int, place: int, value: int) -> None:
-    """A 16-bit field of the local header, and of the central one, where it stands 2 later."""
-    central = content.index(b"cat/0.png", offset + 60) - 46
-    struct.pack_into("<H", content, offset + place, value)
-    struct.pack_into("<H", content, central + place + 2, value)
-
-
-def damaged(content: bytearray, offset: int) -> None:
-    content[offset + 39 : offset + 60] = b"\xff" * 21
-
-
 @pytest.mark.parametrize(
-    ("compression", "change"),
+    ("compression", "field", "value"),
     [
-        (zipfile.ZIP_STORED, damaged),  # a bad CRC
-        (zipfile.ZIP_DEFLATED, damaged),
-        (zipfile.ZIP_LZMA, damaged),
-        (zipfile.ZIP_STORED, lambda content, at: set_in_both_headers(content, at, 6, 1)),
-        (zipfile.ZIP_STORED, lambda content, at: set_in_both_headers(content, at, 8, 98)),
+        (zipfile.ZIP_STORED, None, 0),  # a bad CRC
+        (zipfile.ZIP_DEFLATED, None, 0),
+        (zipfile.ZIP_LZMA, None, 0),
+        (zipfile.ZIP_STORED, 6, 1),  # encrypted
+        (zipfile.ZIP_STORED, 8, 98),  # an unknown method
     ],
-    ids=["crc", "stream", "lzma", "encrypted", "unknown method"],
 )
 def test_members_that_cannot_be_unpacked_are_named(
-    compression: int, change: Callable, folder: Path, tmp_path: Path
+    compression: int, field: int | None, value: int, folder: Path, tmp_path: Path
 ):
     archive = zipped(folder, tmp_path / "set.zip", compression)
-    changed(archive, change)
+    with zipfile.ZipFile(archive) as file:
+        start = file.getinfo("cat/0.png").header_offset
+    content = bytearray(archive.read_bytes())
+    if field is None:
+        content[start + 39 : start + 60] = b"\xff" * 21
+    else:  # of the local header, and of the central one, where it stands 2 later
+        central = content.index(b"cat/0.png", start + 60) - 46
+        struct.pack_into("<H", content, start + field, value)
+        struct.pack_into("<H", content, central + field + 2, value)
+    archive.write_bytes(content)
     data = load_data(archive)
     with pytest.raises(DataError, match=r"cat/0\.png in .*set\.zip' cannot be read"):
         data.read(0)

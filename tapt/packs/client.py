@@ -30,6 +30,11 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils import (
+    are_progress_bars_disabled,
+    disable_progress_bars,
+    enable_progress_bars,
+)
 
 from tapt.core.errors import Cancelled, HubError
 
@@ -164,25 +169,29 @@ class _Call:
 
 _CALL: ContextVar[_Call | None] = ContextVar("call", default=None)
 _LOCK = threading.Lock()
-_SAVED: list[tuple[int, int]] = []  # the host's settings, once for each job that runs
+_SAVED: list[tuple[int, int, bool]] = []  # the host's settings, once for each job that runs
 
 
 @contextmanager
 def _guest() -> Iterator[None]:
     logger = logging.getLogger("huggingface_hub")
     with _LOCK:
-        _SAVED.append(_SAVED[-1] if _SAVED else (constants.DOWNLOAD_CHUNK_SIZE, logger.level))
+        own = constants.DOWNLOAD_CHUNK_SIZE, logger.level, are_progress_bars_disabled()
+        _SAVED.append(_SAVED[-1] if _SAVED else own)
         constants.DOWNLOAD_CHUNK_SIZE = 1 << 14  # on the disk, nothing is seen before a whole one
         logger.setLevel(logging.ERROR)  # warnings have addresses and paths; our errors say it all
+        disable_progress_bars()
     _attach()
     try:
         yield
     finally:
         with _LOCK:
-            chunk, level = _SAVED.pop()
+            chunk, level, silent = _SAVED.pop()
             if not _SAVED:
                 constants.DOWNLOAD_CHUNK_SIZE = chunk
                 logger.setLevel(level)
+                if not silent:
+                    enable_progress_bars()
         _attach()
 
 

@@ -14,7 +14,6 @@ from huggingface_hub import HfApi, constants, get_session, hf_hub_download, try_
 from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
-from tqdm import tqdm
 
 from tapt.core.errors import HubError
 from tapt.files import file_sha256, git_sha1, write_file
@@ -190,35 +189,27 @@ def _fetch(where: HubId, limits: Mapping[str, int], token: Token, progress: Prog
             raise HubError(
                 f"{path} of {repo} has {size / 1e6:,.0f} MB; at most {most / 1e6:,.0f} MB are read."
             )
-    download = partial(
-        hf_hub_download, repo, revision=commit, token=token, tqdm_class=partial(tqdm, disable=True)
-    )
-    cached = {path: try_to_load_from_cache(repo, path, revision=commit) for path in limits}
-    missing = {path for path, entry in cached.items() if not isinstance(entry, str)}
-    done, total = 0, sum(listed[path][0] for path in missing)
+    total, checksums = sum(listed[p][0] for p in limits), {p: listed[p][1] for p in limits}
+    entries = [try_to_load_from_cache(repo, path, revision=commit) for path in limits]
+    cached = all(isinstance(entry, str) for entry in entries)
 
-    def arrived(checksum: str, before: int) -> int:
-        now = _arrived(repo, checksum)
-        if total:
-            progress(min(done + now - before, total), total)
-        return now
+    def arrived() -> int:
+        received = sum(_arrived(repo, checksum) for checksum in checksums.values())
+        if not cached:
+            progress(min(received, total), total)
+        return received
 
-    for path in limits:
-        size, checksum = listed[path]
-        for again in (True, False):
-            seen = partial(arrived, checksum, _arrived(repo, checksum))
-            file = Path(ask(partial(download, path), arrived=seen))
-            if _is_valid(file, checksum):
-                break
-            if not again:
+    for path, checksum in checksums.items():
+        job = partial(hf_hub_download, repo, path, revision=commit, token=token)
+        file = Path(ask(job, arrived=arrived))
+        if not _is_valid(file, checksum):
+            cached = False
+            file = Path(ask(job, arrived=arrived))
+            if not _is_valid(file, checksum):
                 raise HubError(f"{path} of {repo} arrives damaged: its checksum is wrong.")
-            done, total = done + size * (path in missing), total + size
-            missing.add(path)
-        done += size * (path in missing)
-    if total:
-        progress(total, total)
-    origin = Origin(repo, commit, sum(listed[path][0] for path in limits), cached=total == 0)
-    return Snapshot(file.parent, origin, {p.rpartition("/")[2]: listed[p][1] for p in limits})
+    arrived()
+    names = {path.rpartition("/")[2]: checksum for path, checksum in checksums.items()}
+    return Snapshot(file.parent, Origin(repo, commit, total, cached), names)
 
 
 def _list_files(where: HubId, token: Token) -> tuple[str, dict[str, tuple[int, str]]]:

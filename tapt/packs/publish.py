@@ -5,15 +5,9 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-)
 
 from tapt.core.errors import HubError, InputError, PackError
 from tapt.packs.backbones import is_public
@@ -71,13 +65,9 @@ def publish(
     files = pack_files(folder, repo)
     if get_token() is None:
         raise HubError("There is no Hub token: log in with `hf auth login`, or set HF_TOKEN.")
-    with ExitStack() as stack:
-        if not are_progress_bars_disabled():  # they also count files that are there already
-            disable_progress_bars()
-            stack.callback(enable_progress_bars)
-        if not create_pr:
-            ask_hub(lambda: _prepare(repo, public, tag), repo)
-        url, commit, private = ask_hub(lambda: _commit(repo, files, create_pr), repo)
+    if not create_pr:
+        ask_hub(lambda: _prepare(repo, public, tag), repo)
+    url, commit, private = ask_hub(lambda: _commit(repo, files, create_pr), repo)
     if tag:
         try:
             ask_hub(lambda: HfApi().create_tag(repo, tag=tag, revision=commit), repo)
