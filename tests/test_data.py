@@ -184,18 +184,14 @@ def test_class_lists_that_say_nothing(names: list[str], words: str, tmp_path: Pa
 
 def test_the_digest_knows_names_labels_and_contents(folder: Path, tmp_path: Path):
     archive = zipped(folder, tmp_path / "set.zip")
-    for source in (folder, archive):
-        data = load_data(source)
-        assert digest(data) == digest(load_data(source))
-        others = [data.subset(range(5)), data.balanced(5), data.subset([1, 0, *range(2, 10)])]
-        assert len({digest(data), *map(digest, others)}) == 4
-    before = digest(load_data(folder)), digest(load_data(archive))
+    data = load_data(folder)
+    others = [data.subset(range(5)), data.balanced(5), data.subset([1, 0, *range(2, 10)])]
+    assert len({digest(data), *map(digest, others)}) == 4
+    assert digest(load_data(folder)) == (before := digest(load_data(archive)))
     Image.new("RGB", (8, 8), "red").save(folder / "cat" / "0.png")
-    zipped(folder, archive)
-    after = digest(load_data(folder)), digest(load_data(archive))
+    changed = digest(load_data(folder))
     (folder / "cat").rename(folder / "car")
-    renamed = digest(load_data(folder))
-    assert len({*before, *after, renamed}) == 5
+    assert len({before, changed, digest(load_data(folder))}) == 3
 
 
 def test_pixels_are_kept_within_bounds(folder: Path, monkeypatch: pytest.MonkeyPatch):

@@ -135,7 +135,7 @@ def from_torchvision(source: str, split: str) -> LabelledImages:
         images = LabelledImages(own, tuple(data.targets), read, lambda i: read(i).tobytes(), name)
     else:
         files, labels = zip(*_files(data), strict=True)
-        images = _from_files(own, tuple(map(int, labels)), files, name)
+        images = _from_files(own, [int(label) for label in labels], files, name)
     return renamed(images, name) if name in benchmarks() else images
 
 
@@ -154,13 +154,10 @@ def _files(data: Any) -> list[tuple[Path, int]]:
 
 
 def _from_files(
-    classes: tuple[str, ...], labels: tuple[int, ...], files: Sequence[Path], name: str
+    classes: Sequence[str], labels: Sequence[int], files: Sequence[Path], name: str
 ) -> LabelledImages:
-    def words(i: int) -> str:
-        return f"{files[i].parent.name}/{files[i].name} of {name}"
-
     template = benchmarks()[name].template if name in benchmarks() else None
-    return labelled_files(classes, labels, lambda i: files[i].read_bytes(), words, name, template)
+    return labelled_files(classes, labels, files, f"of {name}", name, template)
 
 
 def from_split_file(path: Path, split: str) -> LabelledImages:
@@ -189,6 +186,6 @@ def from_split_file(path: Path, split: str) -> LabelledImages:
     if root is None:
         raise DataError(f"The images of {path.name} are not beside it, nor in a folder beside it.")
     name = path.stem.removeprefix("split_zhou_")
-    labels = tuple(label for _, label, _ in entries)
     files = [root / image for image, _, _ in entries]
+    labels = [label for _, label, _ in entries]
     return _from_files(classes, labels, files, SPLIT_NAMES.get(name, name))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
@@ -25,34 +25,25 @@ def from_folder(folder: Path, source: str) -> LabelledImages:
     files = images("*/*")
     if not files:
         _refuse_parts({file.parts[0] for file in images("*/*/*")}, source)
-    return _labelled(files, source, lambda i: (folder / files[i]).read_bytes())
+    return _labelled([folder / file for file in files], source)
 
 
 def from_zip(path: Path, source: str) -> LabelledImages:
     """Images at `<class>/<image>` of a zip, or of one folder in it; `DataError` where there are
-    none, they are in parts such as train and test, or one is there twice."""
+    none, they are in parts such as train and test, or one is there twice or far too large."""
     try:
         archive = zipfile.ZipFile(path)
     except Exception as error:  # a damaged directory raises whatever it stumbles over
         raise DataError(f"{source!r} is a damaged zip.") from error
-    members = {PurePosixPath(info.filename): info for info in archive.infolist()}
     names = _images(archive.namelist())
     for one, other in pairwise(names):
         if one == other:
             raise DataError(f"{source!r} has {str(one)!r} twice.")
     _refuse_parts({str(name.parent.parent) for name in names}, source, allowed=1)
-
-    def read(i: int) -> bytes:
-        info = members[names[i]]
-        if info.file_size > MAX_MEMBER_BYTES:
-            raise ValueError("too large")
-        return archive.read(info)
-
-    def content(i: int) -> bytes:
-        info = members[names[i]]
-        return f"{info.CRC}:{info.file_size}".encode()
-
-    return _labelled(names, source, read, content)
+    if any(info.file_size > MAX_MEMBER_BYTES for info in archive.infolist()):
+        raise DataError(f"{source!r} has a file of more than 500 MB.")
+    root = zipfile.Path(archive)
+    return _labelled([root / str(name) for name in names], source)
 
 
 def _images(names: Iterable[str]) -> list[PurePosixPath]:
@@ -76,22 +67,13 @@ def _refuse_parts(parts: Collection[str], source: str, allowed: int = 0) -> None
         )
 
 
-def _labelled(
-    files: Sequence[PurePosixPath],
-    source: str,
-    read: Callable[[int], bytes],
-    content: Callable[[int], bytes] | None = None,
-) -> LabelledImages:
+def _labelled(files: Sequence[Path | zipfile.Path], source: str) -> LabelledImages:
     if not files:
         raise DataError(f"{source!r} has no class folders with images (<class>/<image>.jpg).")
-    classes = sorted({file.parent.name for file in files})
+    own = [Path(str(file)).parent.name for file in files]
+    classes = sorted(set(own))
     _refuse_parts([name for name in classes if name.lower() in PARTS], source, allowed=1)
     check_classes(classes, source)
     index = {name: i for i, name in enumerate(classes)}
-    labels = tuple(index[file.parent.name] for file in files)
-
-    def words(i: int) -> str:
-        return f"{files[i]} in {source!r}"
-
-    name = Path(source).stem
-    return labelled_files(tuple(classes), labels, read, words, name, content=content)
+    labels = [index[name] for name in own]
+    return labelled_files(classes, labels, files, f"in {source!r}", Path(source).stem)

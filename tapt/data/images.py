@@ -6,9 +6,11 @@ import hashlib
 import json
 import re
 import unicodedata
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -95,23 +97,22 @@ def check_classes(classes: Sequence[str], source: str) -> None:
 
 
 def labelled_files(
-    classes: tuple[str, ...],
-    labels: tuple[int, ...],
-    data: Callable[[int], bytes],
-    words: Callable[[int], str],
+    classes: Sequence[str],
+    labels: Sequence[int],
+    files: Sequence[Path | zipfile.Path],
+    source: str,
     name: str,
     template: str | None = None,
-    content: Callable[[int], bytes] | None = None,
 ) -> LabelledImages:
-    """Images that lie in files, of a folder or of a zip.
+    """Images that lie in files, of a folder or of a zip. One that cannot be read or is no image is
+    named in a `DataError`, as `<folder>/<file> <source>`."""
 
-    data: bytes of file `i`. words: its name, for a `DataError` where it cannot be read or is no
-        image. content: where something shorter than the bytes tells them apart.
-    """
+    def words(i: int) -> str:
+        return f"{'/'.join(Path(str(files[i])).parts[-2:])} {source}"
 
     def read_bytes(i: int) -> bytes:
         try:
-            return data(i)
+            return files[i].read_bytes()
         except Exception as error:  # zips raise whatever their decoders stumble over
             raise DataError(
                 f"{words(i)} cannot be read: it is missing, damaged, encrypted or packed in an "
@@ -124,7 +125,7 @@ def labelled_files(
         except InputError as error:
             raise DataError(f"{words(i)}: {error}") from error
 
-    return LabelledImages(classes, labels, read, content or read_bytes, name, template)
+    return LabelledImages(tuple(classes), tuple(labels), read, read_bytes, name, template)
 
 
 class Pixels:

@@ -141,17 +141,14 @@ def _load_tag(name: str, fetch: Callable[..., Snapshot]) -> tuple[Loaded, str, O
     repo, _, file = cfg.get("hf_hub", "").rpartition("/")
     file = file if file.endswith(".safetensors") else WEIGHTS_FILE
     fetched = fetch(repo, {file: MAX_BYTES})
-    stored_values(fetched.folder / file, full)
+    weights = fetched.folder / file
+    stored_values(weights, full)
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    preprocessing: dict[str, Any] = {f"image_{key}": cfg.get(key) for key in keys}
     # OpenAI's weights were trained with QuickGELU; the plain architecture would only warn
+    quick = bool(cfg.get("quick_gelu"))
     loaded = _pretrained(
-        architecture,
-        full,
-        pretrained=str(fetched.folder / file),
-        force_quick_gelu=bool(cfg.get("quick_gelu")),
-        image_mean=cfg.get("mean"),
-        image_std=cfg.get("std"),
-        image_interpolation=cfg.get("interpolation"),
-        image_resize_mode=cfg.get("resize_mode"),
+        architecture, full, pretrained=str(weights), force_quick_gelu=quick, **preprocessing
     )
     return loaded, fetched.sha256(file), fetched.origin
 

@@ -144,7 +144,7 @@ def _fits(error: BaseException, kind: type[Exception] | int, number: int | None)
 
 
 def _status(code: int) -> str:
-    return f"the Hub answers with status {code}{' (too many requests)' * (code == 429)}"
+    return f"the Hub answers with status {code}" + (" (too many requests)" if code == 429 else "")
 
 
 class _Call:

@@ -196,7 +196,7 @@ def _fetch(where: HubId, limits: Mapping[str, int], token: Token, progress: Prog
     def arrived() -> int:
         received = sum(_arrived(repo, checksum) for checksum in checksums.values())
         if not cached:
-            progress(min(received, total), total)
+            progress(min(received, total - 1), total)  # checked once all is there
         return received
 
     for path, checksum in checksums.items():
@@ -207,7 +207,8 @@ def _fetch(where: HubId, limits: Mapping[str, int], token: Token, progress: Prog
             file = Path(ask(job, arrived=arrived))
             if not _is_valid(file, checksum):
                 raise HubError(f"{path} of {repo} arrives damaged: its checksum is wrong.")
-    arrived()
+    if not cached:
+        progress(total, total)
     names = {path.rpartition("/")[2]: checksum for path, checksum in checksums.items()}
     return Snapshot(file.parent, Origin(repo, commit, total, cached), names)
 
