@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def load_backbone(
         model, tokenizer = _load_folder(folder, name)
         sha256 = file_sha256(folder / WEIGHTS_FILE)
     elif kind == "hf-hub":
-        fetched = fetch(rest, {CONFIG_FILE: MAX_CONFIG_BYTES, WEIGHTS_FILE: MAX_BYTES})
+        fetched = fetch(rest, (CONFIG_FILE, WEIGHTS_FILE))
         model, tokenizer = _load_folder(fetched.folder, name)
         source, origin = name.partition("@")[0], fetched.origin
         sha256 = fetched.sha256(WEIGHTS_FILE)
@@ -110,13 +110,12 @@ def hub_repo(name: str) -> str | None:
     return tag.get("hf_hub", "").rpartition("/")[0] or None
 
 
-def _fetch(
-    name: str, files: Mapping[str, int], *, revision: str | None, **options: Any
-) -> Snapshot:
+def _fetch(name: str, files: Sequence[str], *, revision: str | None, **options: Any) -> Snapshot:
     where = parse_id(f"{name}@{revision}" if revision else name)
     if where is None or where.subfolder:
         raise BackboneError(f"{name!r} is not a Hub id; write owner/name or owner/name@revision.")
-    return snapshot(where, files, **options)
+    sizes = {file: MAX_CONFIG_BYTES if file == CONFIG_FILE else MAX_BYTES for file in files}
+    return snapshot(where, sizes, **options)
 
 
 def _load_folder(folder: Path, name: str) -> Loaded:
@@ -140,7 +139,7 @@ def _load_tag(name: str, fetch: Callable[..., Snapshot]) -> tuple[Loaded, str, O
     cfg = open_clip.get_pretrained_cfg(architecture, tag)
     repo, _, file = cfg.get("hf_hub", "").rpartition("/")
     file = file if file.endswith(".safetensors") else WEIGHTS_FILE
-    fetched = fetch(repo, {file: MAX_BYTES})
+    fetched = fetch(repo, (file,))
     weights = fetched.folder / file
     stored_values(weights, full)
     keys = ("mean", "std", "interpolation", "resize_mode")
