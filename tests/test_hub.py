@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -43,10 +44,10 @@ REPO = "owner/pack"
 
 
 @pytest.fixture
-def clip(hub: LoopbackHub, toy_folder: Path) -> Backbone:
+def clip(hub: LoopbackHub, toy: Backbone, toy_folder: Path) -> Backbone:
     """The toy as `hf-hub:owner/clip`."""
-    hub.commit("owner/clip", folder_files(toy_folder))
-    return load_backbone("hf-hub:owner/clip", device="cpu")[0]
+    commit, name = hub.commit("owner/clip", folder_files(toy_folder)), "hf-hub:owner/clip"
+    return replace(toy, name=name, source=name, revision=commit)
 
 
 @pytest.fixture
@@ -188,7 +189,7 @@ def test_a_folder_goes_before_the_hub(hub, clip, files, tmp_path, monkeypatch):
 
 
 def test_the_cache_serves_when_the_hub_is_gone_and_offline(hub, clip, published, monkeypatch):
-    load_pack(REPO, clip)
+    load_model(REPO, device="cpu")
     hub.stop()
     gone = load_pack(REPO, clip)
     assert gone.origin.cached
@@ -277,11 +278,12 @@ def test_faults_of_a_file_leave_the_commit_before(hub, clip, files, published, f
 
 
 def test_a_hub_that_stalls_is_waited_for_once(hub, clip, published):
-    load_pack(REPO, clip)
+    names = {"backbone": "hf-hub:owner/clip", "pack": REPO}
+    load_model(**names, device="cpu")
     hub.fail("GET", "stall")
     hub.requests.clear()
     with impatient():
-        model = load_model(backbone="hf-hub:owner/clip", pack=REPO, device="cpu")
+        model = load_model(**names, device="cpu")
     assert len(hub.requests) == 1
     ours, packs = model.origins
     assert "does not answer" in ours.unreachable

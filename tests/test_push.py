@@ -19,7 +19,6 @@ import tapt.packs.client
 from tapt.core.backbone import Backbone
 from tapt.core.errors import TaptError
 from tapt.model import load
-from tapt.packs.backbones import load_backbone
 from tapt.packs.card import PICTURE, write_pack
 from tapt.packs.format import CARD, CONFIG, PROMPTS, STATISTICS
 from tapt.packs.publish import publish
@@ -28,12 +27,10 @@ REPO = "owner/pack"
 
 
 @pytest.fixture
-def clip(hub: LoopbackHub, toy_folder: Path, monkeypatch: pytest.MonkeyPatch) -> Backbone:
-    hub.commit("owner/clip", folder_files(toy_folder))
+def clip(hub: LoopbackHub, toy: Backbone, toy_folder: Path, monkeypatch) -> Backbone:
     monkeypatch.setenv("HF_TOKEN", "hf_owner")
-    backbone, _ = load_backbone("hf-hub:owner/clip", device="cpu")
-    hub.requests.clear()
-    return backbone
+    commit, name = hub.commit("owner/clip", folder_files(toy_folder)), "hf-hub:owner/clip"
+    return replace(toy, name=name, source=name, revision=commit)
 
 
 @pytest.fixture

@@ -163,16 +163,15 @@ def _prompts(checkpoint: Path) -> dict[str, Tensor]:
 def _config(state: Mapping[str, Tensor], design: str) -> PromptConfig:
     """Tokens and depths, counted in the checkpoint."""
 
-    def depth(pattern: str, first: int) -> int:
-        number = first
-        while pattern.format(number) in state:
-            number += 1
-        return 1 + number - first
+    def count(start: str, end: str) -> int:
+        return sum(key.startswith(start) and key.endswith(end) for key in state)
 
     if design == "VLJ":
-        first, visual, text = _CONTEXT, depth(_PROJECTION + ".weight", 0), depth(_COMPOUND, 0)
+        first, text = _CONTEXT, 1 + count(_COMPOUND.format(""), "")
+        visual = 1 + count(_PROJECTION.format(""), ".weight")
     else:
-        first, visual, text = _VISUAL, depth(_DEEP_VISUAL, 1), depth(_DEEP_TEXT, 1)
+        first, text = _VISUAL, 1 + count("text_encoder.", ".VPT_shallow")
+        visual = 1 + count("image_encoder.", ".VPT_shallow")
     if first not in state or state[first].ndim != 2:
         raise PackError(f"The checkpoint lacks {first} (tokens, width) for design {design}.")
     tokens = len(state[first])
