@@ -103,8 +103,7 @@ class LoopbackHub:
 
 
 class _Refused(Exception):
-    def __init__(self, status: int, code: str = "", message: str = "no") -> None:
-        self.status, self.code, self.message = status, code, message
+    """Status, and the Hub's word for the reason."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -125,17 +124,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.hub.requests.append(f"{self.command} {path}")
         self.hub.authorized.append("Authorization" in self.headers)
         self.body = self._read_body()
-        for fault in self.hub.faults:
-            if fault.times and re.search(fault.pattern, f"{self.command} {path}"):
-                fault.times -= 1
-                self.fault = fault
-                break
+        asked = f"{self.command} {path}"
+        faults = (f for f in self.hub.faults if f.times and re.search(f.pattern, asked))
+        if fault := next(faults, None):
+            fault.times -= 1
+            self.fault = fault
         try:
-            try:
-                self._answer(path)
-            except _Refused as refused:
-                headers = {"X-Error-Code": refused.code, "X-Error-Message": refused.message}
-                self._send(json.dumps({"error": refused.message}).encode(), refused.status, headers)
+            self._answer(asked)
+        except _Refused as refused:
+            status, code = refused.args
+            self._send(b'{"error": "no"}', status, {"X-Error-Code": code, "X-Error-Message": "no"})
         except OSError:  # the client has gone
             self.close_connection = True
 
@@ -144,14 +142,13 @@ class _Handler(BaseHTTPRequestHandler):
     def _read_body(self) -> bytes:
         if "chunked" not in self.headers.get("Transfer-Encoding", ""):
             return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        parts = []
+        body = b""
         while size := int(self.rfile.readline(), 16):
-            parts.append(self.rfile.read(size))
-            self.rfile.readline()
+            body += self.rfile.read(size + 2)[:-2]
         self.rfile.readline()
-        return b"".join(parts)
+        return body
 
-    def _answer(self, path: str) -> None:
+    def _answer(self, asked: str) -> None:
         if self.fault and self.fault.kind == "stall":
             self.hub.released.wait(self.fault.seconds)
         if self.fault and self.fault.kind == "status":
@@ -171,9 +168,9 @@ class _Handler(BaseHTTPRequestHandler):
             r"POST /api/models/([^/]+/[^/]+)/tag/(.+)": self._tag,
         }
         for pattern, handler in routes.items():
-            if match := re.fullmatch(pattern, f"{self.command} {path}"):
+            if match := re.fullmatch(pattern, asked):
                 return handler(*match.groups())
-        raise _Refused(404, "", "no such route")
+        raise _Refused(404, "")
 
     def _send(self, body: bytes, status: int = 200, headers: dict | None = None) -> None:
         fault = self.fault
@@ -213,7 +210,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _user(self) -> str | None:
         token = self.headers.get("Authorization", "").removeprefix("Bearer ")
         if token and token not in self.hub.tokens:
-            raise _Refused(401, "", "Invalid credentials in Authorization header")
+            raise _Refused(401, "")
         return self.hub.tokens.get(token)
 
     def _repo(self, name: str, *, write: bool = False) -> Repo:
@@ -221,7 +218,7 @@ class _Handler(BaseHTTPRequestHandler):
         if repo is None or (repo.private and user != name.split("/")[0]):
             raise _Refused(404 if user else 401, "RepoNotFound")
         if write and user != name.split("/")[0]:
-            raise _Refused(403)
+            raise _Refused(403, "")
         return repo
 
     def _at(self, repo: Repo, revision: str) -> str:
@@ -245,20 +242,16 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self._at(repo, revision or "main")
         files = []
         for path, data in repo.commits[commit].items():
-            entry = {"rfilename": path, "size": len(data), "blobId": checksum(path, data)}
+            size, own = len(data), checksum(path, data)
+            files.append({"rfilename": path, "size": size, "blobId": own})
             if is_large(path):
-                entry["blobId"] = "0" * 40
-                sha256 = checksum(path, data)
-                entry["lfs"] = {"sha256": sha256, "size": len(data), "pointerSize": 130}
-            files.append(entry)
-        answer = {"id": name, "sha": commit, "private": repo.private, "siblings": files}
-        self._json(answer)
+                lfs = {"sha256": own, "size": size, "pointerSize": 130}
+                files[-1] |= {"blobId": "0" * 40, "lfs": lfs}
+        self._json({"id": name, "sha": commit, "private": repo.private, "siblings": files})
 
     def _refs(self, name: str) -> None:
-        repo = self._repo(name)
-        tags = [
-            {"name": t, "ref": f"refs/tags/{t}", "targetCommit": c} for t, c in repo.tags.items()
-        ]
+        tags = self._repo(name).tags.items()
+        tags = [{"name": t, "ref": f"refs/tags/{t}", "targetCommit": c} for t, c in tags]
         self._json({"branches": [], "converts": [], "tags": tags})
 
     def _file(self, name: str, revision: str, path: str) -> None:
@@ -281,29 +274,23 @@ class _Handler(BaseHTTPRequestHandler):
     def _create(self) -> None:
         user, asked = self._user(), json.loads(self.body)
         if user is None:
-            raise _Refused(401)
+            raise _Refused(401, "")
         name = f"{asked.get('organization') or user}/{asked['name']}"
         if not name.startswith(f"{user}/"):
-            raise _Refused(403)
+            raise _Refused(403, "")
         answer = {"url": f"{self.hub.url}/{name}", "name": name}
         if name in self.hub.repos:
             return self._json(answer, 409)
         private = asked.get("private") or asked.get("visibility") == "private"
-        self.hub.repos[name] = Repo(private=bool(private))
-        self.hub.repos[name].add({})
+        self.hub.commit(name, {}, private=bool(private))
         self._json(answer)
 
     def _preupload(self, name: str, revision: str) -> None:
         self._repo(name)
-        files = [
-            {
-                "path": file["path"],
-                "uploadMode": "lfs" if is_large(file["path"]) else "regular",
-                "shouldIgnore": False,
-            }
-            for file in json.loads(self.body)["files"]
-        ]
-        self._json({"files": files})
+        paths = [file["path"] for file in json.loads(self.body)["files"]]
+        modes = {True: "lfs", False: "regular"}
+        files = [{"path": path, "uploadMode": modes[is_large(path)]} for path in paths]
+        self._json({"files": [{**file, "shouldIgnore": False} for file in files]})
 
     def _batch(self, name: str) -> None:
         objects = [
@@ -320,7 +307,7 @@ class _Handler(BaseHTTPRequestHandler):
         proposed = "create_pr" in self.query
         repo = self._repo(name, write=not proposed)
         if self._user() is None:
-            raise _Refused(401)
+            raise _Refused(401, "")
         files, parent = {}, None
         for line in self.body.splitlines():
             entry = json.loads(line)
@@ -332,7 +319,7 @@ class _Handler(BaseHTTPRequestHandler):
             else:
                 files[value["path"]] = self.hub.large[value["oid"]]
         if parent != repo.refs["main"]:
-            raise _Refused(412)
+            raise _Refused(412, "")
         commit = repo.add(files, "refs/pr/1" if proposed else "main")
         answer = {"commitOid": commit, "commitUrl": f"{self.hub.url}/{name}/commit/{commit}"}
         if proposed:

@@ -14,7 +14,6 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -31,6 +30,7 @@ from test_pack import make_pack
 
 import tapt.packs.client
 import tapt.packs.hub
+from tapt.__main__ import main
 from tapt.core.backbone import Backbone
 from tapt.core.errors import BackboneError, HubError, PackError
 from tapt.model import load as load_model
@@ -44,10 +44,10 @@ REPO = "owner/pack"
 
 
 @pytest.fixture
-def clip(hub: LoopbackHub, toy_folder: Path) -> Backbone:
+def clip(hub: LoopbackHub, toy: Backbone, toy_folder: Path) -> Backbone:
     """The toy as `hf-hub:owner/clip`."""
-    hub.commit("owner/clip", folder_files(toy_folder))
-    return load_backbone("hf-hub:owner/clip", device="cpu")[0]
+    commit, name = hub.commit("owner/clip", folder_files(toy_folder)), "hf-hub:owner/clip"
+    return replace(toy, name=name, source=name, revision=commit)
 
 
 @pytest.fixture
@@ -65,11 +65,13 @@ def published(hub: LoopbackHub, files: dict[str, bytes]) -> str:
     return commit
 
 
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextmanager
+def impatient() -> Iterator[None]:
     """A stall is 0.8 s instead of 8, at the same rate."""
-    monkeypatch.setattr(tapt.packs.client, "PATIENCE", 0.8)
-    monkeypatch.setattr(tapt.packs.client, "PROGRESS", 8_000)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tapt.packs.client, "PATIENCE", 0.8)
+        patch.setattr(tapt.packs.client, "PROGRESS", 8_000)
+        yield
 
 
 def changed(files: dict[str, bytes]) -> dict[str, bytes]:
@@ -115,56 +117,35 @@ def test_the_programs_own_use_of_the_client_is_left_alone(hub, clip, published, 
     ("text", "parts"),
     [
         ("owner/repo", ("owner/repo", "", None)),
-        ("owner/repo@v1.0", ("owner/repo", "", "v1.0")),
         ("owner/repo@refs/pr/1", ("owner/repo", "", "refs/pr/1")),
         ("o-w.n/r_e/deep/er@" + "a" * 40, ("o-w.n/r_e", "deep/er", "a" * 40)),
+        *((text, None) for text in ("", "repo", "/etc/passwd", "./a/b", "../a", "owner/..")),
+        *((f"owner/repo{end}", None) for end in ("/../x", "@", "@../x", "@a..b", "@a@b", "@/x")),
+        *((f"owner/repo{end}", None) for end in ("//b", "/./x", " x", "\n")),
+        *((text, None) for text in ("~/pack/x", "öwner/repo", "C:\\a\\b")),
     ],
 )
-def test_hub_ids(text: str, parts: tuple):
-    assert parse_id(text) == HubId(*parts)
+def test_hub_ids(text: str, parts: tuple | None):
+    assert parse_id(text) == (parts and HubId(*parts))
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        "",
-        "repo",
-        "/etc/passwd",
-        "./a/b",
-        "../a",
-        "owner/..",
-        "owner/repo/../x",
-        "owner/repo@",
-        "owner/repo@../x",
-        "a//b",
-        "owner/repo@a..b",
-        "owner/repo@a@b",
-        "~/pack/x",
-        "owner/repo/./x",
-        "owner/repo@/x",
-        "öwner/repo",
-        "C:\\a\\b",
-        "owner/re po",
-        "owner/repo\n",
-    ],
-)
-def test_what_is_no_hub_id(text: str):
-    assert parse_id(text) is None
-
-
-def test_a_pack_is_pulled_bit_for_bit(hub, clip, files, published):
-    pack = load_pack(REPO, clip)
-    assert {k: v.tolist() for k, v in pack.prompts.tensors.items()} == {
-        k: v.tolist() for k, v in load(files[PROMPTS]).items()
-    }
+def test_a_pack_is_pulled_bit_for_bit_and_then_known(hub, clip, files, published):
+    told = []
+    pack = load_pack(REPO, clip, progress=lambda done, total: told.append((done, total)))
+    for name, tensor in load(files[PROMPTS]).items():
+        assert torch.equal(pack.prompts.tensors[name], tensor)
     assert torch.equal(pack.statistics.clean.var, load(files[STATISTICS])["clean.var"])
     size = sum(len(files[name]) for name in (CONFIG, PROMPTS, STATISTICS))
     assert (pack.origin.repo, pack.origin.commit, pack.origin.size) == (REPO, published, size)
     assert (pack.origin.cached, pack.origin.unreachable) == (False, None)
-    again = load_pack(REPO, clip)
-    assert again.origin.cached
-    assert again.origin.unreachable is None
-    assert "from the local cache" in str(again.origin)
+    assert told == sorted(told)
+    assert [each for each in told if each[0] == size] == [(size, size)]  # the bar ends once
+    again = load_pack(REPO, clip).origin
+    assert (again.cached, again.unreachable) == (True, None)
+    assert str(again).endswith("from the local cache)")
+    hub.requests.clear()
+    assert load_pack(f"{REPO}@{published}", clip).origin.unreachable is None
+    assert hub.requests == []  # a commit is what it was
 
 
 def test_only_the_packs_files_of_one_commit_are_read(hub, clip, files, published, monkeypatch):
@@ -207,15 +188,8 @@ def test_a_folder_goes_before_the_hub(hub, clip, files, tmp_path, monkeypatch):
     assert hub.requests == []
 
 
-def test_progress_goes_up_to_the_size(hub, clip, files, published):
-    told = []
-    pack = load_pack(REPO, clip, progress=lambda done, total: told.append((done, total)))
-    assert told == sorted(told)
-    assert told[-1] == (pack.origin.size, pack.origin.size)
-
-
 def test_the_cache_serves_when_the_hub_is_gone_and_offline(hub, clip, published, monkeypatch):
-    load_pack(REPO, clip)
+    load_model(REPO, device="cpu")
     hub.stop()
     gone = load_pack(REPO, clip)
     assert gone.origin.cached
@@ -234,19 +208,6 @@ def test_the_cache_serves_when_the_hub_is_gone_and_offline(hub, clip, published,
     assert hub.requests == []
 
 
-def test_a_pinned_commit_in_the_cache_needs_no_request(hub, clip, published):
-    load_pack(REPO, clip)
-    hub.requests.clear()
-    assert load_pack(f"{REPO}@{published}", clip).origin.unreachable is None
-    assert hub.requests == []
-
-
-def test_a_name_that_nobody_answers_to(hub, clip, published, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://no-such-host.invalid")
-    assert "the Hub cannot be reached" in refused(clip)
-
-
-@pytest.mark.usefixtures("impatient")
 def test_a_name_server_that_does_not_answer(hub, clip, published, monkeypatch):
     real = socket.getaddrinfo
     released = threading.Event()
@@ -257,7 +218,8 @@ def test_a_name_server_that_does_not_answer(hub, clip, published, monkeypatch):
 
     close_session()  # connections that are open need no name
     monkeypatch.setattr(socket, "getaddrinfo", hang)
-    assert "the Hub does not answer" in refused(clip)
+    with impatient():
+        assert "the Hub does not answer" in refused(clip)
     released.set()
 
 
@@ -283,56 +245,49 @@ FAULTS = {
 }
 
 
-@pytest.mark.usefixtures("impatient")
 @pytest.mark.parametrize("fault", FAULTS)
 def test_faults_of_the_first_answer(hub, clip, files, published, fault: str):
     options, sentence = FAULTS[fault]
     hub.fail("GET /api/models", **options)
-    assert f"{REPO} is not in the local cache, and " in (message := refused(clip))
+    with impatient():
+        message = refused(clip)
+    assert message.startswith(f"{REPO} is not in the local cache, and ")
     assert sentence in message
     hub.faults.clear()
     load_pack(REPO, clip)
     hub.fail("GET /api/models", **options)
-    pack = load_pack(REPO, clip)
+    with impatient():
+        pack = load_pack(REPO, clip)
     assert pack.origin.cached
     assert sentence in pack.origin.unreachable
     assert torch.equal(pack.prompts.tensors["text"], load(files[PROMPTS])["text"])
 
 
-@pytest.mark.usefixtures("impatient")
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ["stall", "drip", "503", "login-page"])
 def test_faults_of_a_file_leave_the_commit_before(hub, clip, files, published, fault: str):
     load_pack(REPO, clip)
     newer = hub.commit(REPO, changed(files))
     hub.fail(f"resolve/.*/{PROMPTS}", **FAULTS[fault][0])
-    for _ in range(2):
+    with impatient():
         pack = load_pack(REPO, clip)
-        assert pack.origin.commit == published
-        assert pack.origin.unreachable
-        assert torch.equal(pack.prompts.tensors["text"], load(files[PROMPTS])["text"])
+    assert pack.origin.commit == published
+    assert FAULTS[fault][1] in pack.origin.unreachable
+    assert torch.equal(pack.prompts.tensors["text"], load(files[PROMPTS])["text"])
     hub.faults.clear()
     assert load_pack(REPO, clip).origin.commit == newer
 
 
-@pytest.mark.usefixtures("impatient")
 def test_a_hub_that_stalls_is_waited_for_once(hub, clip, published):
-    load_pack(REPO, clip)
+    names = {"backbone": "hf-hub:owner/clip", "pack": REPO}
+    load_model(**names, device="cpu")
     hub.fail("GET", "stall")
     hub.requests.clear()
-    model = load_model(backbone="hf-hub:owner/clip", pack=REPO, device="cpu")
+    with impatient():
+        model = load_model(**names, device="cpu")
     assert len(hub.requests) == 1
     ours, packs = model.origins
     assert "does not answer" in ours.unreachable
     assert ours.unreachable == packs.unreachable
-
-
-@pytest.mark.usefixtures("impatient")
-def test_a_slow_download_that_goes_on_is_no_fault(hub, clip, files):
-    big = {**files, STATISTICS: files[STATISTICS]}
-    hub.commit(REPO, big)
-    hub.fail(f"GET .*{STATISTICS}", "drip", size=3000, seconds=0.1)  # about 2.5 s in all
-    assert len(files[STATISTICS]) > 55_000
-    assert load_pack(REPO, clip).origin.unreachable is None
 
 
 @pytest.mark.parametrize("kind", ["reset", "cut"])
@@ -357,7 +312,7 @@ def test_a_damaged_file_is_fetched_once_more_and_never_kept(hub, clip, files, pu
     assert load_pack(REPO, clip).origin.unreachable is None
 
 
-def test_a_damaged_cache_is_not_used(hub, clip, files, published):
+def test_a_damaged_or_partial_cache_is_not_used(hub, clip, files, published):
     load_pack(REPO, clip)
     cache = Path(constants.HF_HUB_CACHE, "models--owner--pack", "snapshots", published)
     told = []
@@ -365,92 +320,48 @@ def test_a_damaged_cache_is_not_used(hub, clip, files, published):
         (cache / PROMPTS).resolve().write_bytes(content)
         pack = load_pack(REPO, clip, progress=lambda *progress: told.append(progress))
         assert not pack.origin.cached
-        assert told[-1] == (len(files[PROMPTS]), len(files[PROMPTS]))
+        assert told[-1] == (pack.origin.size, pack.origin.size)
         assert torch.equal(pack.prompts.tensors["text"], load(files[PROMPTS])["text"])
-    (cache / PROMPTS).resolve().write_bytes(b"bad")
-    hub.stop()
-    assert "not in the local cache" in refused(clip)
-
-
-def test_a_partial_cache_is_not_used(hub, clip, published):
-    load_pack(REPO, clip)
-    cache = Path(constants.HF_HUB_CACHE, "models--owner--pack", "snapshots", published)
     (cache / STATISTICS).unlink()
     hub.stop()
     assert "not in the local cache" in refused(clip)
     assert load_pack(REPO, clip, statistics=False).origin.cached
+    (cache / PROMPTS).resolve().write_bytes(b"bad")
+    assert "not in the local cache" in refused(clip, statistics=False)
 
 
-def header(size: int) -> bytes:
-    return size.to_bytes(8, "little")
-
-
-CONTENTS = {
-    "truncated": (PROMPTS, lambda data: data[:-4], "is not a complete safetensors file"),
-    "ten-gigabyte-header": (PROMPTS, lambda _: header(10**10) + b"{}", "is not a complete"),
-    "ten-gigabyte-tensor": (
-        PROMPTS,
-        lambda _: (lambda text: header(len(text)) + text)(
-            b'{"visual":{"dtype":"F32","shape":[2500000000],"data_offsets":[0,10000000000]}}'
-        ),
-        "is not a complete",
-    ),
-    "nan": (
-        STATISTICS,
-        lambda data: save({k: v * float("nan") for k, v in load(data).items()}),
-        "values that are not finite",
-    ),
-    "link": (CONFIG, lambda _: b"../../../../etc/passwd", "is not valid JSON"),
-    "pickle": (PROMPTS, lambda _: b"\x80\x02c__builtin__\neval\n.", "is not a complete"),
-    "large-config": (CONFIG, lambda data: data + b" " * 2_000_000, "at most 1 MB"),
-}
-
-
-@pytest.mark.parametrize("case", CONTENTS)
-def test_bad_contents(hub, clip, files, case: str):
-    name, change, sentence = CONTENTS[case]
-    hub.commit(REPO, {**files, name: change(files[name])})
+def test_a_link_and_a_large_file_are_not_followed(hub, clip, files):
+    hub.commit(REPO, {**files, CONFIG: b"../../../../etc/passwd"})
+    assert "is not valid JSON" in refused(clip)
+    hub.commit(REPO, {CONFIG: files[CONFIG] + b" " * 2_000_000})
     hub.requests.clear()
-    assert sentence in refused(clip)
-    if case == "large-config":  # refused before any download
-        assert len(hub.requests) == 1
+    assert "at most 1 MB" in refused(clip)
+    assert len(hub.requests) == 1  # refused before any download
 
 
 @pytest.mark.parametrize(
-    "source",
-    [
-        "local-dir:../../secret",
-        "local-dir:/etc",
-        "random:ViT-B-32",
-        "../x",
-        "nothing",
-        "hf-hub:../..",
-        "hf-hub:owner/repo/../../x",
-        "hf-hub:",
-    ],
+    "source", ["local-dir:/etc", "random:ViT-B-32", "../x", "hf-hub:owner/repo/../../x", "hf-hub:"]
 )
 def test_a_pack_from_the_hub_names_no_folder(hub, clip, files, source: str):
     config = json.loads(files[CONFIG])
     config["base_model"]["source"] = source
     hub.commit(REPO, {**files, CONFIG: json.dumps(config).encode()})
-    assert "names a backbone that is not on the Hub" in refused(clip)
-    with pytest.raises(PackError, match="not on the Hub"):
+    with pytest.raises(PackError, match="names a backbone that is not on the Hub"):
         load_model(REPO)
 
 
 def test_gated_private_and_missing_repos(hub, clip, files, monkeypatch):
     hub.commit("owner/gated", files, gated=True)
     hub.commit("owner/secret", files, private=True)
-    assert "owner/gated is gated: accept its terms" in refused(clip, "owner/gated")
-    assert "has no model repo owner/secret" in refused(clip, "owner/secret")
-    assert "has no model repo owner/none" in refused(clip, "owner/none")
-    assert "is gated" in refused(clip, "owner/gated", token="hf_other")
-    assert load_pack("owner/gated", clip, token="hf_owner").origin.repo == "owner/gated"
-    assert load_pack("owner/secret", clip, token="hf_owner").origin.repo == "owner/secret"
-    monkeypatch.setenv("HF_TOKEN", "hf_owner")
+    monkeypatch.setenv("HF_TOKEN", "hf_owner")  # which is not sent unasked
     hub.authorized.clear()
-    assert "has no model repo owner/none" in refused(clip, "owner/none")
+    assert "owner/gated is gated: accept its terms" in refused(clip, "owner/gated")
+    for repo in ("owner/secret", "owner/none"):
+        assert f"has no model repo {repo}" in refused(clip, repo)
     assert not any(hub.authorized)
+    assert "is gated" in refused(clip, "owner/gated", token="hf_other")
+    for repo in ("owner/gated", "owner/secret"):
+        assert load_pack(repo, clip, token="hf_owner").origin.repo == repo
     message = refused(clip, "owner/none", token="hf_wrong")
     assert "does not accept your token" in message
     assert "hf_wrong" not in message
@@ -498,28 +409,27 @@ def test_a_read_only_cache(hub, clip, files, published, monkeypatch):
         assert load_pack("owner/other", clip).origin.unreachable is None
 
 
-@pytest.mark.usefixtures("impatient")
 def test_two_at_once_on_a_slow_line(hub, clip, files, published):
     hub.fail(f"GET .*{STATISTICS}", "drip", size=3000, seconds=0.1)  # about 2.5 s in all
     packs = []
     threads = [
         threading.Thread(target=lambda: packs.append(load_pack(REPO, clip))) for _ in range(2)
     ]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with impatient():
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
     assert [pack.origin.unreachable for pack in packs] == [None, None]
     assert torch.equal(*(pack.prompts.tensors["text"] for pack in packs))
     assert sum(STATISTICS in r and r.startswith("GET") for r in hub.requests) == 1
 
 
-@pytest.mark.usefixtures("impatient")
 def test_a_program_that_hangs_while_it_fetches_the_same_file(hub, clip, files, published):
     name = f"{hashlib.sha256(files[PROMPTS]).hexdigest()}.lock"
     lock = Path(constants.HF_HUB_CACHE, ".locks", "models--owner--pack", name)
     lock.parent.mkdir(parents=True)
-    with FileLock(lock):
+    with FileLock(lock), impatient():
         assert "does not answer" in refused(clip)
     assert load_pack(REPO, clip).origin.unreachable is None
 
@@ -536,13 +446,6 @@ def test_a_backbone_at_the_commit_that_the_pack_names(hub, clip, files, publishe
         load_backbone("hf-hub:owner/clip", device="cpu")
 
 
-def test_another_backbone_is_refused_and_the_right_one_named(hub, clip, published):
-    other = replace(clip, name="hf-hub:owner/else", sha256="0" * 64)
-    message = refused(other)
-    assert f"was made for backbone 'hf-hub:owner/clip@{clip.revision}'" in message
-    assert "weights of 'hf-hub:owner/else' are different ones" in message
-
-
 def test_backbone_weights_are_checked(hub, toy_folder):
     files = folder_files(toy_folder)
     hub.commit("owner/clip", files)
@@ -555,11 +458,6 @@ def test_backbone_weights_are_checked(hub, toy_folder):
     hub.commit("owner/clip", {WEIGHTS_FILE: save(weights)})
     with pytest.raises(BackboneError, match="not finite"):
         load_backbone("hf-hub:owner/clip")
-    config = json.loads(files[CONFIG_FILE])
-    config["model_cfg"]["text_cfg"]["layers"] = 10**9
-    hub.commit("owner/clip", {CONFIG_FILE: json.dumps(config).encode()})
-    with pytest.raises(BackboneError, match="which is far larger than they"):
-        load_backbone("hf-hub:owner/clip")
 
 
 def test_openais_named_weights_come_from_the_hub(hub, toy_folder, tmp_path, monkeypatch):
@@ -567,13 +465,9 @@ def test_openais_named_weights_come_from_the_hub(hub, toy_folder, tmp_path, monk
     repo = "timm/vit_base_patch16_clip_224.openai"
     weights = (toy_folder / WEIGHTS_FILE).read_bytes()
     commit = hub.commit(repo, {WEIGHTS_FILE: weights, "open_clip_pytorch_model.bin": b"pickle"})
-    told = []
-    backbone, _ = load_backbone(
-        "ViT-B-16", device="cpu", progress=lambda *progress: told.append(progress)
-    )
+    backbone, _ = load_backbone("ViT-B-16", device="cpu")
     assert (backbone.source, backbone.revision) == ("ViT-B-16", commit)
     assert backbone.sha256 == hashlib.sha256(weights).hexdigest()
-    assert told[-1] == (len(weights), len(weights))
     asked = [request for request in hub.requests if "/resolve/" in request]
     assert {r.partition("/resolve/")[2] for r in asked} == {f"{commit}/{WEIGHTS_FILE}"}
     write_pack(make_pack(backbone), tmp_path / "pack")
@@ -581,48 +475,24 @@ def test_openais_named_weights_come_from_the_hub(hub, toy_folder, tmp_path, monk
     hub.commit(repo, {WEIGHTS_FILE: b"newer"})
     model = load_model(REPO, device="cpu")
     assert (model.backbone.revision, model.pack.base_model["source"]) == (commit, "ViT-B-16")
-    hub.stop()
-    again, origin = load_backbone("ViT-B-16", revision=commit, device="cpu")
-    assert (again.sha256, origin.cached) == (backbone.sha256, True)
 
 
 def test_robust_clips_in_open_clips_layout_load_by_name(hub, toy_folder):
     """As `open_clip.push_to_hf_hub` leaves a repo: FARE and TeCoA models are published so."""
-    config = json.loads((toy_folder / CONFIG_FILE).read_text())
+    files = folder_files(toy_folder)
+    config = json.loads(files[CONFIG_FILE])
     config["model_cfg"]["quick_gelu"] = True
     config["preprocess_cfg"] |= {"interpolation": "bicubic", "resize_mode": "shortest"}
-    weights = (toy_folder / WEIGHTS_FILE).read_bytes()
-    files = {
-        CONFIG_FILE: json.dumps(config).encode(),
-        WEIGHTS_FILE: weights,
-        "README.md": b"---\nlicense: mit\nlibrary_name: open_clip\n---\nFARE CLIP.\n",
-        "open_clip_pytorch_model.bin": b"pickle",
-        **{name: b"{}" for name in ("tokenizer.json", "tokenizer_config.json", "vocab.json")},
-        "merges.txt": b"#version: 0.2\n",
-    }
-    commit = hub.commit("owner/fare2-clip", files)
+    files[CONFIG_FILE] = json.dumps(config).encode()
+    others = ("README.md", "open_clip_pytorch_model.bin", "tokenizer.json", "merges.txt")
+    commit = hub.commit("owner/fare2-clip", {**files, **dict.fromkeys(others, b"---\n---\n")})
     backbone, origin = load_backbone("hf-hub:owner/fare2-clip", device="cpu")
     assert (backbone.revision, origin.commit) == (commit, commit)
-    assert backbone.sha256 == hashlib.sha256(weights).hexdigest()
+    assert backbone.sha256 == hashlib.sha256(files[WEIGHTS_FILE]).hexdigest()
     assert isinstance(backbone.visual.transformer.resblocks[0].mlp.gelu, QuickGELU)
     assert backbone.tokenize(["a cat"]).shape == (1, 4)
     fetched = {request.rpartition("/")[2] for request in hub.requests if "/resolve/" in request}
     assert fetched == {CONFIG_FILE, WEIGHTS_FILE}
-
-
-def test_importing_changes_nothing_of_the_program():
-    code = """
-import logging, os
-from huggingface_hub import constants, get_session
-def state():
-    own = {k: v for k, v in vars(constants).items() if k.isupper()}
-    return dict(os.environ), own, get_session(), get_session().event_hooks, logging.getLogger(
-        "huggingface_hub").level, constants.DOWNLOAD_CHUNK_SIZE
-before = state()
-import tapt.model, tapt.packs.publish, tapt.packs.convert
-assert state() == before
-"""
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_packs_of_the_hub_that_fit(hub, clip, files, published):
@@ -670,49 +540,53 @@ def test_nobody_waits_for_another_visitors_pack(hub, clip, files, published):
     assert service.model(pack="owner/slow") is service.model(pack="owner/slow")
 
 
-def start(hub: LoopbackHub, home: Path, *command: str, **settings: str) -> subprocess.Popen:
-    """A new process with a cache of its own. settings: environment variables."""
-    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_OFFLINE": "0", **settings}
-    return subprocess.Popen(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env={**os.environ, **own},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+OWN_PROCESS = """
+import logging, os
+from huggingface_hub import constants, get_session
+def state():
+    own = {k: v for k, v in vars(constants).items() if k.isupper()}
+    return dict(os.environ), own, get_session(), get_session().event_hooks, logging.getLogger(
+        "huggingface_hub").level
+before = state()
+import tapt, tapt.model, tapt.packs.publish, tapt.packs.convert
+assert state() == before
+print(tapt.load("owner/pack").pack.origin)
+"""
 
 
-def finish(process: subprocess.Popen) -> tuple[str, str]:
-    """What a process has said, on both of its channels; it must not have failed."""
-    out, error = process.communicate(timeout=300)
-    assert process.returncode == 0, error
-    return out, error
-
-
-def test_two_processes_at_once(hub, clip, published, tmp_path):
+def test_two_processes_at_once_which_importing_leaves_as_they_are(hub, clip, published, tmp_path):
     hub.fail(f"GET .*{STATISTICS}", "drip", size=5000, seconds=0.2)
-    code = "import tapt; print(tapt.load('owner/pack').pack.origin)"
-    both = [start(hub, tmp_path / "home", "-c", code) for _ in range(2)]
+    own = {"HF_ENDPOINT": hub.url, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "0"}
+    both = [
+        subprocess.Popen(
+            [sys.executable, "-c", OWN_PROCESS],
+            cwd=ROOT,
+            env={**os.environ, **own},
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(2)
+    ]
     for process in both:
-        assert finish(process)[0].startswith(f"{REPO} at commit {published[:7]} (0.1 MB")
+        out, _ = process.communicate(timeout=300)
+        assert process.returncode == 0
+        assert out.startswith(f"{REPO} at commit {published[:7]} (0.1 MB")
 
 
-def test_predict_with_a_hub_id_alone(hub, clip, published, tmp_path):
+def test_predict_with_a_hub_id_alone(hub, clip, published, capsys, monkeypatch):
     picture = str(ROOT / "tapt" / "examples" / "cat.png")
     command = ["predict", picture, "--classes", "cat,dog", "--json", "--pack", REPO]
-    home = tmp_path / "home"
-    predict = partial(start, hub, home, "-m", "tapt", *command)
-    out, told = finish(predict())
+
+    def predict() -> tuple[dict, str]:
+        assert not main([*command, "--device", "cpu"])
+        out, told = capsys.readouterr()
+        return json.loads(out), told
+
+    first, told = predict()
     assert f"Pack {REPO} at commit {published[:7]}" in told
     assert "Download: 100%" in told
-    assert json.loads(out)["settings"]["trained"] is True
-    hub.requests.clear()
-    offline, told = finish(predict(HF_HUB_OFFLINE="1"))
-    assert "from the local cache: offline mode is on (HF_HUB_OFFLINE)" in told
-    assert hub.requests == []
+    assert first["settings"]["trained"] is True
     hub.stop()
-    gone, told = finish(predict())
+    gone, told = predict()
     assert "from the local cache: the Hub cannot be reached" in told
-    assert json.loads(out)["results"] == json.loads(gone)["results"]
-    assert json.loads(out)["results"] == json.loads(offline)["results"]
+    assert first["results"] == gone["results"]

@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
 from tapt.core.errors import InputError
 from tapt.core.images import to_float, to_picture, to_uint8
-from tapt.data.pictures import MAX_PIXELS, open_image
+from tapt.data.pictures import open_image
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -39,57 +39,43 @@ def png_header(width: int, height: int) -> bytes:
     )
 
 
-def test_rgb_comes_back_bit_for_bit_from_bytes_and_from_a_path(tmp_path: Path):
-    image = noise()
-    path = tmp_path / "a.png"
-    path.write_bytes(encoded(image))
+@pytest.mark.parametrize("mode", ["RGB", "1", "L", "P", "CMYK"])
+def test_any_mode_becomes_rgb_bit_for_bit_from_bytes_and_from_a_path(mode: str, tmp_path: Path):
+    image, path = noise().convert(mode), tmp_path / "a.png"
+    path.write_bytes(encoded(image, "TIFF" if mode == "CMYK" else "PNG"))
     for source in (path, str(path), path.read_bytes()):
         opened = open_image(source)
         assert opened.mode == "RGB"
-        assert np.array_equal(np.asarray(opened), np.asarray(image))
+        assert np.array_equal(np.asarray(opened), np.asarray(image.convert("RGB")))
 
 
-def test_transparency_lies_on_white():
-    image = Image.new("RGBA", (2, 1), (200, 0, 0, 255))
-    image.putpixel((1, 0), (0, 0, 0, 0))
-    opened = open_image(encoded(image))
-    assert opened.getpixel((0, 0)) == (200, 0, 0)
-    assert opened.getpixel((1, 0)) == (255, 255, 255)
-    half = open_image(encoded(Image.new("RGBA", (1, 1), (0, 0, 0, 128))))
-    assert half.getpixel((0, 0)) == (127, 127, 127)
+def palette() -> Image.Image:
+    image = Image.new("P", (1, 1))
+    image.putpalette([10, 20, 30])
+    return image
 
 
-def test_grey_with_alpha_lies_on_white():
-    assert open_image(encoded(Image.new("LA", (1, 1), (0, 0)))).getpixel((0, 0)) == (255,) * 3
-
-
-def test_a_palette_with_a_transparent_colour_lies_on_white():
-    image = Image.new("P", (2, 1))
-    image.putpalette([10, 20, 30, 40, 50, 60])
-    image.putpixel((1, 0), 1)
-    opened = open_image(encoded(image, transparency=1))
-    assert opened.getpixel((0, 0)) == (10, 20, 30)
-    assert opened.getpixel((1, 0)) == (255, 255, 255)
+@pytest.mark.parametrize(
+    ("image", "options", "pixel"),
+    [
+        (Image.new("RGBA", (1, 1), (200, 0, 0, 255)), {}, (200, 0, 0)),
+        (Image.new("RGBA", (1, 1), (0, 0, 0, 0)), {}, (255, 255, 255)),
+        (Image.new("RGBA", (1, 1), (0, 0, 0, 128)), {}, (127, 127, 127)),
+        (Image.new("LA", (1, 1), (0, 0)), {}, (255, 255, 255)),
+        (palette(), {}, (10, 20, 30)),
+        (palette(), {"transparency": 0}, (255, 255, 255)),
+    ],
+)
+def test_transparency_lies_on_white(image: Image.Image, options: dict, pixel: tuple):
+    assert open_image(encoded(image, **options)).getpixel((0, 0)) == pixel
 
 
 @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
 def test_sixteen_bit_grey_is_rescaled_not_clipped(kind: str):
-    values = np.array([[0, 257, 128 * 257, 65535]], dtype=np.uint16)
-    opened = open_image(encoded(Image.fromarray(values), kind))
-    assert [opened.getpixel((x, 0))[0] for x in range(4)] == [0, 1, 128, 255]
-
-
-def test_dark_sixteen_bit_grey_stays_dark():
-    opened = open_image(encoded(Image.fromarray(np.full((1, 1), 255, dtype=np.uint16))))
-    assert opened.getpixel((0, 0)) == (1, 1, 1)
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK"])
-def test_other_modes_become_rgb(mode: str):
-    image = noise().convert(mode)
-    opened = open_image(encoded(image, "TIFF" if mode == "CMYK" else "PNG"))
-    assert opened.mode == "RGB"
-    assert np.array_equal(np.asarray(opened), np.asarray(image.convert("RGB")))
+    for values in ([0, 257, 128 * 257, 65535], [255]):  # a dark one stays dark
+        image = Image.fromarray(np.array([values], dtype=np.uint16))
+        opened = np.asarray(open_image(encoded(image, kind)))[0, :, 0]
+        assert opened.tolist() == [round(value / 257) for value in values]
 
 
 def test_cmyk_jpeg():
@@ -132,82 +118,45 @@ def test_a_huge_text_chunk_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
         open_image(data)
 
 
-def test_one_pixel():
-    assert open_image(encoded(Image.new("RGB", (1, 1), (1, 2, 3)))).getpixel((0, 0)) == (1, 2, 3)
+DAMAGED = {
+    "empty": b"",
+    "text": b"just some words",
+    "half-a-png": encoded(noise(64, 64))[:-3000],
+    "half-a-jpeg": encoded(noise(64, 64), "JPEG")[:600],
+    "half-a-webp": encoded(noise(64, 64), "WEBP")[:100],
+    "half-a-gif": encoded(noise(64, 64), "GIF")[:900],
+    "no-pixels": png_header(4, 4),
+    "no-width": png_header(0, 4),
+    "png-signature": b"\x89PNG\r\n\x1a\n",
+    "svg": b"<svg xmlns='http://www.w3.org/2000/svg'/>",
+}
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        b"",
-        b"just some words",
-        encoded(noise(64, 64))[:-3000],
-        encoded(noise(64, 64), "JPEG")[:600],
-        encoded(noise(64, 64), "WEBP")[:100],
-        encoded(noise(64, 64), "GIF")[:900],
-        png_header(4, 4),
-        png_header(0, 4),
-        b"\x89PNG\r\n\x1a\n",
-        b"GIF89a\x00\x00\x00\x00",
-        b"<svg xmlns='http://www.w3.org/2000/svg'/>",
-    ],
-    ids=[
-        "empty",
-        "text",
-        "half-a-png",
-        "half-a-jpeg",
-        "half-a-webp",
-        "half-a-gif",
-        "no-pixels",
-        "no-width",
-        "png-signature",
-        "gif-signature",
-        "svg",
-    ],
-)
-def test_what_is_not_a_whole_picture_is_refused(data: bytes):
-    with pytest.raises(InputError, match="not a readable picture") as error:
-        open_image(data)
-    assert "PNG, JPEG" in str(error.value)
+@pytest.mark.parametrize("case", DAMAGED)
+def test_what_is_not_a_whole_picture_is_refused(case: str):
+    with pytest.raises(InputError, match=r"not a readable picture\. Use a PNG, JPEG"):
+        open_image(DAMAGED[case])
 
 
-def test_any_failure_of_a_decoder_is_one_sentence(monkeypatch: pytest.MonkeyPatch):
-    for failure in (struct.error("x"), IndexError("x"), UnidentifiedImageError("x")):
-
-        def fail(*_: object, failure: Exception = failure) -> None:
-            raise failure
-
-        monkeypatch.setattr(Image.Image, "load", fail)
-        with pytest.raises(InputError, match="not a readable picture"):
-            open_image(png_header(4, 4))
-
-
-@pytest.mark.parametrize("side", [20_000, 13_000, 5_001])
+@pytest.mark.parametrize("side", [20_000, 5_001])
 def test_a_huge_picture_is_refused_before_a_pixel_is_decoded(
     side: int, monkeypatch: pytest.MonkeyPatch
 ):
-    def decode(*_: object) -> None:
-        raise AssertionError("decoded")
-
-    monkeypatch.setattr(Image.Image, "load", decode)
-    assert side * side > MAX_PIXELS
+    monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
     with pytest.raises(InputError, match="at most 25 megapixels"):
         open_image(png_header(side, side))
 
 
 def test_a_missing_file_is_named_without_its_folder(tmp_path: Path):
-    with pytest.raises(InputError, match=r"no readable file 'cat\.png'") as error:
-        open_image(tmp_path / "cat.png")
-    assert str(tmp_path) not in str(error.value)
-    with pytest.raises(InputError, match="no readable file"):
-        open_image(tmp_path)
+    for path in (tmp_path / "cat.png", tmp_path):
+        with pytest.raises(InputError, match=f"^There is no readable file '{path.name}'"):
+            open_image(path)
 
 
 def test_tensor_and_picture_are_each_others_inverse():
     image = noise()
     pixels = to_uint8(image)
-    assert pixels.shape == (3, 9, 12)
-    assert pixels.dtype == torch.uint8
+    assert (pixels.shape, pixels.dtype) == ((3, 9, 12), torch.uint8)
     assert pixels[:, 2, 5].tolist() == list(image.getpixel((5, 2)))
     assert np.array_equal(np.asarray(to_picture(pixels)), np.asarray(image))
     assert torch.equal((to_float(pixels) * 255).round().to(torch.uint8), pixels)

@@ -14,23 +14,18 @@ from typing import Any
 from PIL import Image
 
 from tapt.core.errors import DataError
-from tapt.data.images import LabelledImages, check_classes, file_bytes, open_file
+from tapt.data.images import LabelledImages, check_classes, labelled_files
 from tapt.data.pictures import to_rgb
 
-# how each set names its held-out part and its training part; {}: it has no parts of its own
-TORCHVISION_SPLITS: dict[str, dict[str, dict[str, str | bool]]] = {
-    "ImageNet": {"test": {"split": "val"}, "train": {"split": "train"}},
-    "Caltech101": {},
-    "DTD": {"test": {"split": "test"}, "train": {"split": "train"}},
-    "EuroSAT": {},
-    "OxfordIIITPet": {"test": {"split": "test"}, "train": {"split": "trainval"}},
-    "FGVCAircraft": {"test": {"split": "test"}, "train": {"split": "trainval"}},
-    "Food101": {"test": {"split": "test"}, "train": {"split": "train"}},
-    "Flowers102": {"test": {"split": "test"}, "train": {"split": "train"}},
-    "StanfordCars": {"test": {"split": "test"}, "train": {"split": "train"}},
-    "SUN397": {},
-    "CIFAR10": {"test": {"train": False}, "train": {"train": True}},
-    "CIFAR100": {"test": {"train": False}, "train": {"train": True}},
+# how each set names its held-out part and its training part; none: it has no parts of its own
+TORCHVISION_SPLITS: dict[str, tuple[dict[str, Any], ...]] = {
+    "ImageNet": ({"split": "val"}, {"split": "train"}),
+    **dict.fromkeys(("Caltech101", "EuroSAT", "SUN397"), ({}, {})),
+    **dict.fromkeys(("OxfordIIITPet", "FGVCAircraft"), ({"split": "test"}, {"split": "trainval"})),
+    **dict.fromkeys(
+        ("DTD", "Food101", "Flowers102", "StanfordCars"), ({"split": "test"}, {"split": "train"})
+    ),
+    **dict.fromkeys(("CIFAR10", "CIFAR100"), ({"train": False}, {"train": True})),
 }
 # sets whose own names may be ids: n01440764, or 1 to 102
 NUMBERED = ("ImageNet", "Flowers102")
@@ -121,65 +116,48 @@ def from_torchvision(source: str, split: str) -> LabelledImages:
     if name not in TORCHVISION_SPLITS:
         known = ", ".join(TORCHVISION_SPLITS)
         raise DataError(f"torchvision set {name!r} is not one of {known}.")
-    options = TORCHVISION_SPLITS[name].get(split, {})
+    options = TORCHVISION_SPLITS[name][split == "train"]
     try:
         data = getattr(datasets, name)(root[0] if root else "data", **options)
     except (RuntimeError, OSError, ValueError, KeyError) as error:
         raise DataError(f"torchvision set {name} is not complete under its root.") from error
     # Flowers102 of older versions has no names at all
-    own = list(getattr(data, "classes", ()) or getattr(data, "categories", ()))
+    own = tuple(getattr(data, "classes", ()) or getattr(data, "categories", ()))
     if name == "ImageNet" and len(own) != 1000:
         raise DataError(f"ImageNet has 1,000 classes, these folders have {len(own)}.")
     if name in NUMBERED:  # their labels follow the literature's list, whatever their own names
-        own = list(benchmarks()[name].classes)
-    labels = tuple(int(label) for label in _labels(data))
+        own = benchmarks()[name].classes
     if name in ("CIFAR10", "CIFAR100"):
 
         def read(i: int) -> Image.Image:
             return to_rgb(data[i][0])
 
-        images = LabelledImages(tuple(own), labels, read, lambda i: read(i).tobytes(), name)
+        images = LabelledImages(own, tuple(data.targets), read, lambda i: read(i).tobytes(), name)
     else:
-        files = _files(data)
-        images = _from_files(tuple(own), labels, files, name)
-        if name == "SUN397":  # listed as the file system pleases
-            images = images.subset(sorted(range(len(files)), key=lambda i: str(files[i])))
+        files, labels = zip(*_files(data), strict=True)
+        images = _from_files(own, [int(label) for label in labels], files, name)
     return renamed(images, name) if name in benchmarks() else images
 
 
-def _labels(data: Any) -> Sequence[int]:
-    for attribute in ("targets", "y", "_labels"):
-        if hasattr(data, attribute):
-            return list(getattr(data, attribute))
-    return [label for _, label in data._samples]
-
-
-def _files(data: Any) -> list[Path]:
-    """The image files of a torchvision set, in its order."""
+def _files(data: Any) -> list[tuple[Path, int]]:
+    """The image files of a torchvision set with their labels."""
     if hasattr(data, "categories"):  # Caltech101
         root = Path(data.root, "101_ObjectCategories")
         named = zip(data.y, data.index, strict=True)
-        return [root / data.categories[y] / f"image_{number:04d}.jpg" for y, number in named]
-    for attribute in ("_image_files", "_images"):
-        if hasattr(data, attribute):
-            return [Path(file) for file in getattr(data, attribute)]
-    return [Path(file) for file, _ in getattr(data, "samples", None) or data._samples]
+        return [(root / data.categories[y] / f"image_{n:04d}.jpg", y) for y, n in named]
+    if hasattr(data, "_labels"):
+        files = data._images if hasattr(data, "_images") else data._image_files
+        pairs = [(Path(file), y) for file, y in zip(files, data._labels, strict=True)]
+        listed = type(data).__name__ != "SUN397"  # which comes as the file system pleases
+        return pairs if listed else sorted(pairs, key=lambda pair: str(pair[0]))
+    return [(Path(file), y) for file, y in getattr(data, "samples", None) or data._samples]
 
 
 def _from_files(
-    classes: tuple[str, ...], labels: tuple[int, ...], files: Sequence[Path], name: str
+    classes: Sequence[str], labels: Sequence[int], files: Sequence[Path], name: str
 ) -> LabelledImages:
-    def words(i: int) -> str:
-        return f"{files[i].parent.name}/{files[i].name} of {name}"
-
-    return LabelledImages(
-        classes,
-        labels,
-        lambda i: open_file(files[i].read_bytes, words(i)),
-        lambda i: file_bytes(files[i].read_bytes, words(i)),
-        name,
-        benchmarks()[name].template if name in benchmarks() else None,
-    )
+    template = benchmarks()[name].template if name in benchmarks() else None
+    return labelled_files(classes, labels, files, f"of {name}", name, template)
 
 
 def from_split_file(path: Path, split: str) -> LabelledImages:
@@ -208,6 +186,6 @@ def from_split_file(path: Path, split: str) -> LabelledImages:
     if root is None:
         raise DataError(f"The images of {path.name} are not beside it, nor in a folder beside it.")
     name = path.stem.removeprefix("split_zhou_")
-    labels = tuple(label for _, label, _ in entries)
     files = [root / image for image, _, _ in entries]
+    labels = [label for _, label, _ in entries]
     return _from_files(classes, labels, files, SPLIT_NAMES.get(name, name))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path, PurePosixPath
 
 from tapt.core.errors import DataError
-from tapt.data.images import LabelledImages, check_classes, file_bytes, open_file
+from tapt.data.images import LabelledImages, check_classes, labelled_files
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".tif", ".tiff"}
 PARTS = {"train", "training", "test", "testing", "val", "valid", "validation"}
@@ -20,55 +20,37 @@ def from_folder(folder: Path, source: str) -> LabelledImages:
     in parts such as train and test."""
 
     def images(pattern: str) -> list[PurePosixPath]:
-        return _images(
-            PurePosixPath(p.relative_to(folder).as_posix()) for p in folder.glob(pattern)
-        )
+        return _images(p.relative_to(folder).as_posix() for p in folder.glob(pattern))
 
     files = images("*/*")
     if not files:
         _refuse_parts({file.parts[0] for file in images("*/*/*")}, source)
-
-    def read(i: int) -> bytes:
-        return (folder / files[i]).read_bytes()
-
-    def content(i: int) -> bytes:
-        return file_bytes(lambda: read(i), f"{files[i]} in {source!r}")
-
-    return _labelled(files, read, content, source)
+    return _labelled([folder / file for file in files], source)
 
 
 def from_zip(path: Path, source: str) -> LabelledImages:
     """Images at `<class>/<image>` of a zip, or of one folder in it; `DataError` where there are
-    none, they are in parts such as train and test, or one is there twice."""
+    none, they are in parts such as train and test, or one is there twice or far too large."""
     try:
         archive = zipfile.ZipFile(path)
     except Exception as error:  # a damaged directory raises whatever it stumbles over
         raise DataError(f"{source!r} is a damaged zip.") from error
-    members = {PurePosixPath(info.filename): info for info in archive.infolist()}
-    names = _images(PurePosixPath(name) for name in archive.namelist())
+    names = _images(archive.namelist())
     for one, other in pairwise(names):
         if one == other:
             raise DataError(f"{source!r} has {str(one)!r} twice.")
     _refuse_parts({str(name.parent.parent) for name in names}, source, allowed=1)
-
-    def read(i: int) -> bytes:
-        info = members[names[i]]
-        if info.file_size > MAX_MEMBER_BYTES:
-            raise ValueError
-        return archive.read(info)
-
-    def content(i: int) -> bytes:
-        info = members[names[i]]
-        return f"{info.CRC}:{info.file_size}".encode()
-
-    return _labelled(names, read, content, source)
+    if any(info.file_size > MAX_MEMBER_BYTES for info in archive.infolist()):
+        raise DataError(f"{source!r} has a file of more than 500 MB.")
+    root = zipfile.Path(archive)
+    return _labelled([root / str(name) for name in names], source)
 
 
-def _images(files: Iterable[PurePosixPath]) -> list[PurePosixPath]:
+def _images(names: Iterable[str]) -> list[PurePosixPath]:
     """Paths of images in folders, sorted, without what macOS adds to a zip."""
     return sorted(
         file
-        for file in files
+        for file in map(PurePosixPath, names)
         if file.suffix.lower() in IMAGE_SUFFIXES
         and len(file.parts) >= 2
         and not file.name.startswith("._")
@@ -85,22 +67,13 @@ def _refuse_parts(parts: Collection[str], source: str, allowed: int = 0) -> None
         )
 
 
-def _labelled(
-    files: Sequence[PurePosixPath],
-    read: Callable[[int], bytes],
-    content: Callable[[int], bytes],
-    source: str,
-) -> LabelledImages:
+def _labelled(files: Sequence[Path | zipfile.Path], source: str) -> LabelledImages:
     if not files:
         raise DataError(f"{source!r} has no class folders with images (<class>/<image>.jpg).")
-    classes = sorted({file.parent.name for file in files})
+    own = [Path(str(file)).parent.name for file in files]
+    classes = sorted(set(own))
     _refuse_parts([name for name in classes if name.lower() in PARTS], source, allowed=1)
     check_classes(classes, source)
     index = {name: i for i, name in enumerate(classes)}
-    return LabelledImages(
-        tuple(classes),
-        tuple(index[file.parent.name] for file in files),
-        lambda i: open_file(lambda: read(i), f"{files[i]} in {source!r}"),
-        content,
-        Path(source).stem,
-    )
+    labels = [index[name] for name in own]
+    return labelled_files(classes, labels, files, f"in {source!r}", Path(source).stem)

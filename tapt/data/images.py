@@ -6,9 +6,11 @@ import hashlib
 import json
 import re
 import unicodedata
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -94,24 +96,36 @@ def check_classes(classes: Sequence[str], source: str) -> None:
             raise DataError(f"{source!r} has {other!r} and {name!r} as two classes: merge them.")
 
 
-def file_bytes(read: Callable[[], bytes], name: str) -> bytes:
-    """The bytes of a file or of a zip's member; `DataError` with `name` where they cannot be
-    read."""
-    try:
-        return read()
-    except Exception as error:  # zips raise whatever their decoders stumble over
-        raise DataError(
-            f"{name} cannot be read: it is missing, damaged, encrypted or packed in an unknown way."
-        ) from error
+def labelled_files(
+    classes: Sequence[str],
+    labels: Sequence[int],
+    files: Sequence[Path | zipfile.Path],
+    source: str,
+    name: str,
+    template: str | None = None,
+) -> LabelledImages:
+    """Images that lie in files, of a folder or of a zip. One that cannot be read or is no image is
+    named in a `DataError`, as `<folder>/<file> <source>`."""
 
+    def words(i: int) -> str:
+        return f"{'/'.join(Path(str(files[i])).parts[-2:])} {source}"
 
-def open_file(read: Callable[[], bytes], name: str) -> Image.Image:
-    """Decodes an image file as `open_image` does; `DataError` where `name` cannot be read or is
-    no image."""
-    try:
-        return open_image(file_bytes(read, name))
-    except InputError as error:
-        raise DataError(f"{name}: {error}") from error
+    def read_bytes(i: int) -> bytes:
+        try:
+            return files[i].read_bytes()
+        except Exception as error:  # zips raise whatever their decoders stumble over
+            raise DataError(
+                f"{words(i)} cannot be read: it is missing, damaged, encrypted or packed in an "
+                "unknown way."
+            ) from error
+
+    def read(i: int) -> Image.Image:
+        try:
+            return open_image(read_bytes(i))
+        except InputError as error:
+            raise DataError(f"{words(i)}: {error}") from error
+
+    return LabelledImages(tuple(classes), tuple(labels), read, read_bytes, name, template)
 
 
 class Pixels:

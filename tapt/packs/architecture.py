@@ -1,66 +1,114 @@
-"""What an open_clip configuration describes, judged before anything of that size is built."""
+"""What an open_clip folder describes, judged before anything of that size is built."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
 from open_clip import CLIP, CoCa, CustomTextCLIP
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from PIL import Image
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torchvision.transforms import Compose, Normalize, ToTensor
 
 from tapt.core.errors import BackboneError
+from tapt.core.images import to_uint8
+from tapt.core.settings import STRICT, sentence
+from tapt.packs.schema import Mean, Size, Std
 
 BAD_CONFIG: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError)
-BAD_CONFIG += (LookupError, RuntimeError, TypeError, ValueError)
+BAD_CONFIG += (LookupError, OSError, RuntimeError, TypeError, ValueError)
 """What open_clip may raise for values that it does not expect."""
-_UNREADABLE: tuple[type[Exception], ...] = (OSError, *BAD_CONFIG)
-MAX_BLOCKS, MAX_PIXELS = 200, 2048  # per tower; per side of the picture
 VOCABULARY = 49408  # tokens of open_clip's tokenizer
 
 
-def read_config(path: Path, name: str) -> Mapping:
-    """The `model_cfg` of a configuration that prompts can work with; `BackboneError` for no CLIP, a
-    tower that prompts cannot enter, or unusable preprocessing."""
+class _Part(BaseModel):
+    model_config = ConfigDict(**{**STRICT, "extra": "ignore"})
+
+
+class _Tower(_Part):
+    layers: int = Field(12, ge=1, le=200)
+
+
+class _Vision(_Tower):
+    width: Size = 768
+    patch_size: Size = 16
+    image_size: Annotated[
+        int,
+        Field(ge=1, le=2048),
+        BeforeValidator(lambda size: max(size) if isinstance(size, list) else size),
+    ] = 224
+
+
+class _Tokenizer(BaseModel):
+    model_config = STRICT  # bpe_path, another option, would read any file of this computer
+
+    clean: str = ""
+    reduction_mask: str = ""
+
+
+class _Text(_Tower):
+    vocab_size: int = Field(VOCABULARY, ge=VOCABULARY)
+    tokenizer_kwargs: _Tokenizer = _Tokenizer()
+
+
+class _Model(_Part):
+    vision_cfg: _Vision
+    text_cfg: _Text
+    multimodal_cfg: _Tower = _Tower()
+
+
+class _Preprocessing(_Part):
+    mean: Mean = [0, 0, 0]
+    std: Std = [1, 1, 1]
+    interpolation: Literal["bicubic", "bilinear", "random"] = "bicubic"
+    resize_mode: Literal["shortest", "longest", "squash"] = "shortest"
+
+
+class _Config(_Part):
+    model_cfg: _Model
+    preprocess_cfg: _Preprocessing = _Preprocessing()
+
+
+def check_folder(folder: Path, config_file: str, weights_file: str, name: str) -> None:
+    """Refuses a folder whose configuration is not that of a CLIP with room for prompts, or does
+    not fit the size of its weights: before their memory is taken."""
+    for file in (config_file, weights_file):
+        if not (folder / file).is_file():
+            raise BackboneError(f"Backbone {name!r} has no {file}.")
     try:
-        whole = json.loads(path.read_text(encoding="utf-8"))
-        config, preprocess = whole["model_cfg"], whole.get("preprocess_cfg") or {}
-        config["vision_cfg"].items(), config["text_cfg"].items()
-        right, stock = _is_preprocessing(preprocess), _is_stock_tokenizer(config["text_cfg"])
-    except _UNREADABLE as error:
-        raise BackboneError(f"{path.name} of {name!r} does not describe a CLIP.") from error
-    if not right:
+        whole = json.loads((folder / config_file).read_text(encoding="utf-8"))
+        check_towers(whole["model_cfg"], name)
+        vision = _Config(**whole).model_cfg.vision_cfg
+    except BAD_CONFIG as error:
+        fault = f": {sentence(error, _Config)}" if isinstance(error, ValidationError) else ""
+        message = f"{config_file} of {name!r} does not describe a CLIP that can be used{fault}."
+        raise BackboneError(message) from error
+    stored = stored_values(folder / weights_file, name)
+    needed = (vision.image_size // vision.patch_size) ** 2 * vision.width  # of positions, at least
+    try:
+        if needed <= 2 * stored:  # position embeddings of another image size are resized
+            needed = _values(**whole["model_cfg"])
+    except BAD_CONFIG as error:
+        raise BackboneError(f"The weights of {name!r} do not fit its architecture.") from error
+    if needed > 2 * stored:
         raise BackboneError(
-            f"{path.name} of {name!r}: preprocess_cfg must have a mean and a positive std of three "
-            "numbers each, and an interpolation and resize_mode that open_clip knows."
+            f"The weights of {name!r} do not fit its architecture, which is far larger than they."
         )
-    if not stock:
-        raise BackboneError(
-            f"{path.name} of {name!r} asks for a tokenizer of its own; only open_clip's is used."
-        )
-    check_towers(config, name)
-    return config
 
 
-def _is_preprocessing(config: Mapping) -> bool:
-    mean, std = config.get("mean") or (0, 0, 0), config.get("std") or (1, 1, 1)
-    return (
-        len(mean) == len(std) == 3
-        and all(math.isfinite(value) for value in mean)
-        and all(0 < value < math.inf for value in std)
-        and (config.get("interpolation") or "bicubic") in ("bicubic", "bilinear", "random")
-        and (config.get("resize_mode") or "shortest") in ("shortest", "longest", "squash")
-    )
-
-
-def _is_stock_tokenizer(text: Mapping) -> bool:
-    # bpe_path, another option, would read any file of this computer
-    options = set(text.get("tokenizer_kwargs") or {})
-    return (
-        options <= {"clean", "reduction_mask"} and text.get("vocab_size", VOCABULARY) >= VOCABULARY
-    )
+def _values(custom_text: bool = False, **sizes: Any) -> int:
+    """Numbers in the model that open_clip builds of a configuration; their memory is not taken."""
+    kind = (CoCa if "multimodal_cfg" in sizes else CustomTextCLIP) if custom_text else CLIP
+    with torch.device("meta"):
+        model = kind(**sizes)
+    return sum(value.numel() for value in (*model.parameters(), *model.buffers()))
 
 
 def check_towers(config: Mapping, name: str) -> None:
@@ -85,50 +133,33 @@ def stored_values(path: Path, name: str) -> int:
     is not a complete one, which open_clip would try as a pickle."""
     try:
         with safe_open(path, "pt") as file:
-            keys = file.keys()
-            return sum(math.prod(file.get_slice(key).get_shape()) for key in keys)
+            return sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         message = f"{path.name} of {name!r} is not a complete safetensors file."
         raise BackboneError(message) from error
 
 
-def check_size(config: Mapping, stored: int, name: str) -> None:
-    """Refuses a model that cannot be built, or is much larger than its weights, before its memory
-    is taken.
+def preprocessor(config: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
+    """Resizes and crops with PIL as open_clip does: a picture of any size to uint8, (3, S, S).
 
-    stored: numbers in the weight file. Twice as many may be built: position embeddings of another
-        image size are resized.
+    config: as open_clip keeps it, `model.visual.preprocess_cfg`.
     """
-    try:
-        fits = not _is_absurd(config, stored) and _values(config) <= 2 * stored
-    except BAD_CONFIG as error:
-        raise BackboneError(f"The weights of {name!r} do not fit its architecture.") from error
-    if not fits:
-        raise BackboneError(
-            f"The weights of {name!r} do not fit its architecture, which is far larger than they."
-        )
+    steps = image_transform_v2(PreprocessCfg(**config), is_train=False).transforms
+    resize = Compose([step for step in steps if not isinstance(step, (ToTensor, Normalize))])
+    by_short_side = config.get("resize_mode", "shortest") == "shortest"
+
+    def preprocess(image: Image.Image) -> Tensor:
+        image = image.convert("RGB")
+        return to_uint8(resize(_limit_aspect(image) if by_short_side else image))
+
+    return preprocess
 
 
-def _is_absurd(config: Mapping, stored: int) -> bool:
-    """What takes time or memory even where only shapes are computed."""
-    vision, text = config["vision_cfg"], config["text_cfg"]
-    towers = (vision, text, config.get("multimodal_cfg") or {})
-    size = vision.get("image_size", 224)
-    pixels = max(size) if isinstance(size, (list, tuple)) else size
-    patches = (pixels // vision.get("patch_size", 16)) ** 2
-    return (
-        any(tower.get("layers", 12) > MAX_BLOCKS for tower in towers)
-        or pixels > MAX_PIXELS
-        or patches * vision.get("width", 768) > 2 * stored
-    )
-
-
-def _values(config: Mapping) -> int:
-    """Numbers in the model that open_clip builds of a configuration; their memory is not taken."""
-    sizes = {key: value for key, value in config.items() if key != "custom_text"}
-    kind = CLIP
-    if config.get("custom_text"):
-        kind = CoCa if "multimodal_cfg" in config else CustomTextCLIP
-    with torch.device("meta"):
-        model = kind(**sizes)
-    return sum(value.numel() for value in (*model.parameters(), *model.buffers()))
+def _limit_aspect(image: Image.Image, limit: int = 8) -> Image.Image:
+    """Cuts the far ends off a very elongated image, so that resizing its short side cannot
+    exhaust memory; the central crop that follows never sees those ends."""
+    width, height = image.size
+    longest = limit * min(width, height)
+    w, h = min(width, longest), min(height, longest)
+    left, top = (width - w) // 2, (height - h) // 2
+    return image.crop((left, top, left + w, top + h))

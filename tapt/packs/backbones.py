@@ -14,9 +14,14 @@ from torch import nn
 from tapt.core.backbone import Backbone, Tokenizer
 from tapt.core.errors import BackboneError
 from tapt.files import file_sha256
-from tapt.packs.architecture import BAD_CONFIG, check_size, check_towers, read_config, stored_values
+from tapt.packs.architecture import (
+    BAD_CONFIG,
+    check_folder,
+    check_towers,
+    preprocessor,
+    stored_values,
+)
 from tapt.packs.hub import Origin, Progress, Snapshot, Token, parse_id, snapshot
-from tapt.packs.preprocess import preprocessor
 
 _INSTALLED = Path(__file__).resolve().parents[1] / "_prompts"
 EMBEDDED = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2] / "prompts"
@@ -68,8 +73,6 @@ def load_backbone(
     )
     source, sha256, origin = name, None, None
     if kind == "random":
-        if rest in open_clip.list_models():
-            check_towers(open_clip.get_model_config(rest) or {}, name)
         model, tokenizer = random_model(rest)
     elif embedded or kind == "local-dir":
         folder = EMBEDDED / name / "backbone" if embedded else Path(rest).expanduser()
@@ -116,12 +119,8 @@ def _fetch(name: str, files: Sequence[str], *, revision: str | None, **options: 
 
 
 def _load_folder(folder: Path, name: str) -> Loaded:
-    for file in (CONFIG_FILE, WEIGHTS_FILE):
-        if not (folder / file).is_file():
-            raise BackboneError(f"Backbone {name!r} has no {file}.")
-    config = read_config(folder / CONFIG_FILE, name)
-    check_size(config, stored_values(folder / WEIGHTS_FILE, name), name)
-    return pretrained_model(f"local-dir:{folder}", name)
+    check_folder(folder, CONFIG_FILE, WEIGHTS_FILE, name)
+    return _pretrained(f"local-dir:{folder}", name)
 
 
 def _load_tag(name: str, fetch: Callable[..., Snapshot]) -> tuple[Loaded, str, Origin]:
@@ -141,49 +140,43 @@ def _load_tag(name: str, fetch: Callable[..., Snapshot]) -> tuple[Loaded, str, O
     repo, _, file = cfg.get("hf_hub", "").rpartition("/")
     file = file if file.endswith(".safetensors") else WEIGHTS_FILE
     fetched = fetch(repo, (file,))
-    stored_values(fetched.folder / file, full)
+    weights = fetched.folder / file
+    stored_values(weights, full)
+    keys = ("mean", "std", "interpolation", "resize_mode")
+    preprocessing: dict[str, Any] = {f"image_{key}": cfg.get(key) for key in keys}
     # OpenAI's weights were trained with QuickGELU; the plain architecture would only warn
-    loaded = pretrained_model(
-        architecture,
-        full,
-        pretrained=str(fetched.folder / file),
-        force_quick_gelu=bool(cfg.get("quick_gelu")),
-        image_mean=cfg.get("mean"),
-        image_std=cfg.get("std"),
-        image_interpolation=cfg.get("interpolation"),
-        image_resize_mode=cfg.get("resize_mode"),
+    quick = bool(cfg.get("quick_gelu"))
+    loaded = _pretrained(
+        architecture, full, pretrained=str(weights), force_quick_gelu=quick, **preprocessing
     )
     return loaded, fetched.sha256(file), fetched.origin
 
 
 def random_model(architecture: str) -> Loaded:
     """An open_clip model with random weights, always the same ones; `BackboneError` where
-    open_clip does not know the architecture."""
+    open_clip does not know the architecture, or prompts cannot enter it."""
     if architecture not in open_clip.list_models():
         raise BackboneError(
             f"open_clip has no architecture {architecture!r}; open_clip.list_models() names them."
         )
+    check_towers(open_clip.get_model_config(architecture) or {}, f"random:{architecture}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return open_clip.create_model(architecture), _tokenizer(architecture)
+        return open_clip.create_model(architecture), open_clip.get_tokenizer(architecture)
 
 
-def pretrained_model(source: str, name: str, **options: Any) -> Loaded:
-    """An open_clip model with weights of this computer; `BackboneError` where they do not fit or
-    are not finite, or there is no tokenizer.
-
-    source: `local-dir:FOLDER`, or an architecture whose weights `options["pretrained"]` names.
-    name: of the backbone in messages.
-    """
-    with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
-        try:
+def _pretrained(source: str, name: str, **options: Any) -> Loaded:
+    """An open_clip model with weights of this computer, by `local-dir:FOLDER` or an architecture
+    whose weights `options["pretrained"]` names."""
+    try:
+        with torch.random.fork_rng(devices=[]):  # weights are drawn before they are read
             model, _ = open_clip.create_model_from_pretrained(source, **options)
-        except BAD_CONFIG as error:
-            message = f"The weights of {name!r} do not fit its architecture."
-            raise BackboneError(message) from error
+        tokenizer: Tokenizer = open_clip.get_tokenizer(source)
+    except BAD_CONFIG as error:
+        raise BackboneError(f"The weights of {name!r} do not fit its architecture.") from error
     if not all(torch.isfinite(weights).all() for weights in model.parameters()):
         raise BackboneError(f"The weights of {name!r} have values that are not finite.")
-    return model, _tokenizer(source)
+    return model, tokenizer
 
 
 def usable_device(device: str | torch.device | None = None) -> torch.device:
@@ -198,11 +191,3 @@ def usable_device(device: str | torch.device | None = None) -> torch.device:
         return place.device
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise BackboneError(f"PyTorch has no device {str(device)!r} on this computer.") from error
-
-
-def _tokenizer(name: str) -> Tokenizer:
-    try:
-        tokenizer: Tokenizer = open_clip.get_tokenizer(name)
-        return tokenizer
-    except BAD_CONFIG as error:
-        raise BackboneError(f"The tokenizer of {name!r} could not be loaded.") from error

@@ -12,7 +12,7 @@ from tapt.core.errors import PackError
 from tapt.files import write_file
 from tapt.packs.backbones import hub_repo
 from tapt.packs.format import CARD, TAG, Pack, pack_name, save_pack, weights_tag
-from tapt.packs.rows import Row, attack_name, defense_name, epsilon_name, markdown_table
+from tapt.packs.rows import attack_name, defense_name, epsilon_name, markdown_table
 
 PICTURE = "accuracy.png"
 NOTES = "## Notes"
@@ -100,26 +100,23 @@ def _results(rows: list[dict[str, Any]]) -> list[EvalResult]:
     """Clean accuracy, once per set and defence: of the row with the most images; then each row."""
     ascending = sorted(rows, key=lambda row: row["n"])
     largest = {(row["dataset"], defense_name(row)): row for row in ascending}
-    results = [
-        _result(row, f"clean accuracy ({defense_name(row)})", row["clean_accuracy"])
-        for row in largest.values()
+    results: list[tuple[dict[str, Any], str, float, dict[str, Any] | None]] = [
+        (row, "clean accuracy", row["clean_accuracy"], None) for row in largest.values()
     ]
     for row in rows:
-        attack = f"{attack_name(row)} {epsilon_name(row)} on {row['attacked_model']}"
+        name = f"accuracy under {attack_name(row)} {epsilon_name(row)} on {row['attacked_model']}"
         epsilon = None if row["epsilon_255"] is None else row["epsilon_255"] / 255
         args = {"attack": row["attack"], "eps": epsilon, "steps": row["steps"]}
-        name = f"accuracy under {attack} ({defense_name(row)})"
-        results.append(_result(row, name, row["accuracy"], metric_args=args))
-    return results
-
-
-def _result(row: Row, name: str, value: float, **more: Any) -> EvalResult:
-    return EvalResult(
-        task_type="zero-shot-image-classification",
-        dataset_type=row["dataset"].lower(),
-        dataset_name=row["dataset"],
-        metric_type="accuracy",
-        metric_name=name,
-        metric_value=value,
-        **more,
-    )
+        results.append((row, name, row["accuracy"], args))
+    return [
+        EvalResult(
+            task_type="zero-shot-image-classification",
+            dataset_type=row["dataset"].lower(),
+            dataset_name=row["dataset"],
+            metric_type="accuracy",
+            metric_name=f"{name} ({defense_name(row)})",
+            metric_value=value,
+            metric_args=args,
+        )
+        for row, name, value, args in results
+    ]

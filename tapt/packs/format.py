@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
-from torch import Tensor
 
 from tapt.core.backbone import Backbone
 from tapt.core.errors import InputError, PackError
@@ -81,59 +80,47 @@ class PackFiles:
         """The pack, its prompts in the backbone's place and type; without a backbone, checked
         against the architecture that it names. `PackError` says what does not fit."""
         config, place = self.config, (torch.device("cpu"), torch.float32)
-        sizes = config.base_model.architecture.model_dump()
+        named = config.base_model.model_dump()
         if backbone is not None:
-            self._check_backbone(backbone)
+            self._check_backbone(backbone, named)
             place = backbone.device, backbone.dtype
         try:
-            shapes = config.prompts.shapes(sizes)
+            shapes = config.prompts.shapes(named["architecture"])
         except InputError as error:
             raise PackError(f"{CONFIG} of pack {self.name!r}: {error}") from error
         tensors = read_tensors(self.folder / PROMPTS, shapes, self.name)
         prompts = Prompts(config.prompts, tensors).map(lambda t: t.to(*place))
         measured = None
         if statistics:
-            shapes = statistics_shapes(sizes, config.prompts)
+            shapes = statistics_shapes(named["architecture"], config.prompts)
             values = [*read_tensors(self.folder / STATISTICS, shapes, self.name).values()]
             measured = Statistics(TokenStatistics(*values[:2]), TokenStatistics(*values[2:]))
-        return Pack(
-            prompts,
-            measured,
-            config.test_time,
-            self.name,
-            config.base_model.model_dump(),
-            config.training,
-            [row.model_dump(exclude_unset=True) for row in config.evaluation],
-            origin=self.origin,
-        )
+        rows = [row.model_dump(exclude_unset=True) for row in config.evaluation]
+        made = named, config.training, rows
+        return Pack(prompts, measured, config.test_time, self.name, *made, origin=self.origin)
 
-    def _check_backbone(self, backbone: Backbone) -> None:
-        wanted, own = self.config.base_model.model_dump(), base_model(backbone)
-        right = wanted["source"]
+    def _check_backbone(self, backbone: Backbone, wanted: dict[str, Any]) -> None:
+        own, right = base_model(backbone), wanted["source"]
         if right.startswith("hf-hub:") and wanted["revision"]:
             right += f"@{wanted['revision']}"
         for key, difference in (
-            ("architecture", "{} has another architecture"),
-            ("sha256", "the weights of {} are different ones"),
-            ("mean", "{} normalises its images otherwise"),
-            ("std", "{} normalises its images otherwise"),
+            ("architecture", "has another architecture"),
+            ("sha256", "has other weights"),
+            ("mean", "normalises its images otherwise"),
+            ("std", "normalises its images otherwise"),
         ):
             if wanted[key] != own[key]:
-                reason = difference.format(repr(backbone.name))
-                raise PackError(f"Pack {self.name!r} was made for backbone {right!r}; {reason}.")
+                raise PackError(
+                    f"Pack {self.name!r} was made for backbone {right!r}; "
+                    f"{backbone.name!r} {difference}."
+                )
 
 
 def base_model(backbone: Backbone) -> dict[str, Any]:
     """The backbone as a pack's config names it."""
-    preprocessing = backbone.preprocessing
-    return {
-        "source": backbone.source,
-        "revision": backbone.revision,
-        "sha256": backbone.sha256,
-        "architecture": backbone.architecture,
-        "mean": list(preprocessing["mean"]),
-        "std": list(preprocessing["std"]),
-    }
+    colours = {key: list(backbone.preprocessing[key]) for key in ("mean", "std")}
+    names = ("source", "revision", "sha256", "architecture")
+    return {name: getattr(backbone, name) for name in names} | colours
 
 
 def untrained_pack(backbone: Backbone, design: str = "VLI") -> Pack:
@@ -167,11 +154,8 @@ def weights_tag(sha256: str | None) -> str:
 
 def default_pack(backbone: Backbone) -> Pack:
     """The embedded VLI pack of a backbone, else its first one, else untrained prompts."""
-    names = list_packs(backbone.name)
-    if not names:
-        return untrained_pack(backbone)
-    preferred = f"{backbone.name}/vli"
-    return load_pack(preferred if preferred in names else names[0], backbone)
+    names = sorted(list_packs(backbone.name), key=lambda name: not name.endswith("/vli"))
+    return load_pack(names[0], backbone) if names else untrained_pack(backbone)
 
 
 def pack_folder(name: str) -> Path:
@@ -192,8 +176,7 @@ def load_pack(
 ) -> Pack:
     """Loads and checks a pack; arguments and errors as `open_pack` has them, and `PackError` for a
     pack that was made for another backbone."""
-    files = open_pack(source, statistics=statistics, **options)
-    return files.read(backbone, statistics=statistics)
+    return open_pack(source, statistics=statistics, **options).read(backbone, statistics=statistics)
 
 
 def open_pack(
@@ -241,18 +224,19 @@ def save_pack(pack: Pack, folder: str | os.PathLike) -> None:
     Without statistics, those of an older pack in this folder and its card are removed: they do
     not belong to these prompts. `tapt.packs.card.write_pack` also writes the card.
     """
-    config = config_bytes(pack)
-    folder = Path(folder)
+    files = {PROMPTS: pack.prompts.tensors}
+    if pack.statistics is not None:
+        parts = pack.statistics.adversarial, pack.statistics.clean
+        values = [tensor for part in parts for tensor in (part.mean, part.var)]
+        files[STATISTICS] = dict(zip(STATISTICS_KEYS, values, strict=True))
+    config, folder = config_bytes(pack), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     if pack.statistics is None:
         for stale in (STATISTICS, CARD):
             (folder / stale).unlink(missing_ok=True)
-    write_file(folder / PROMPTS, save(_storable(pack.prompts.tensors)))
-    if pack.statistics is not None:
-        parts = pack.statistics.adversarial, pack.statistics.clean
-        values = [tensor for part in parts for tensor in (part.mean, part.var)]
-        statistics = dict(zip(STATISTICS_KEYS, values, strict=True))
-        write_file(folder / STATISTICS, save(_storable(statistics)))
+    for name, tensors in files.items():
+        stored = {k: v.detach().to("cpu", torch.float32) for k, v in tensors.items()}
+        write_file(folder / name, save({k: v.contiguous() for k, v in stored.items()}))
     write_file(folder / CONFIG, config)
 
 
@@ -275,7 +259,3 @@ def statistics_shapes(sizes: Mapping[str, int], config: PromptConfig) -> dict[st
     tokens = sizes["image_tokens"] + config.tokens
     shape = (sizes["visual_blocks"], tokens, sizes["visual_width"])
     return dict.fromkeys(STATISTICS_KEYS, shape)
-
-
-def _storable(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {k: v.detach().to("cpu", torch.float32).contiguous() for k, v in tensors.items()}

@@ -8,29 +8,23 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
-import httpx2
 from huggingface_hub import HfApi, constants, get_session, hf_hub_download, try_to_load_from_cache
 from huggingface_hub.errors import HFValidationError, RevisionResolutionError
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
-from tqdm import tqdm
 
 from tapt.core.errors import HubError
 from tapt.files import file_sha256, git_sha1, write_file
-from tapt.packs.client import Stalled, bounded
-from tapt.packs.reasons import STALLED, reason, refusal, status_reason
+from tapt.packs.client import Unavailable, ask_hub
 
 _ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?", re.ASCII)
-_NO_BAR = partial(tqdm, disable=True)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 Token = str | bool | None
 """False for no token, None for the user's own from the usual places."""
 Progress = Callable[[int, int], None]
 """Called with the bytes that have arrived and those that are to come in all."""
-T = TypeVar("T")
 
 
 class HubId(NamedTuple):
@@ -78,6 +72,10 @@ class Snapshot:
         known = self.checksums[name]
         return known if len(known) == 64 else file_sha256(self.folder / name)
 
+    def is_intact(self) -> bool:
+        """Whether all files are what their checksums say; others are removed."""
+        return all([_is_valid(self.folder / name, sum) for name, sum in self.checksums.items()])
+
 
 def parse_id(text: str) -> HubId | None:
     """Takes a Hub id apart; None for anything that is not one."""
@@ -116,17 +114,21 @@ def snapshot(
     """
     limits = {f"{where.subfolder}/{name}".lstrip("/"): most for name, most in files.items()}
     cached = _find_cached(where, limits)
-    if cached and where.revision == cached.origin.commit and _intact(cached):
+    if cached and where.revision == cached.origin.commit and cached.is_intact():
         return cached
     try:
         if unreachable:
             raise Unavailable(unreachable)
-        fetched = _fetch(where, limits, token, progress)
+        fetched = _fetch(where, limits, token, progress or (lambda done, total: None))
     except Unavailable as error:
-        if cached and _intact(cached):
+        if cached and cached.is_intact():
             return replace(cached, origin=replace(cached.origin, unreachable=error.reason))
         raise HubError(f"{where.repo} is not in the local cache, and {error.reason}.") from error
-    _remember(where, fetched.origin.commit)
+    if where.revision != fetched.origin.commit:  # which commit a branch or tag had last
+        ref = _cache_folder(where.repo) / "refs" / (where.revision or "main")
+        with suppress(OSError):  # a cache that cannot be written
+            ref.parent.mkdir(parents=True, exist_ok=True)
+            write_file(ref, fetched.origin.commit.encode())
     return fetched
 
 
@@ -142,35 +144,6 @@ def list_models(tag: str) -> list[dict[str, Any]]:
         return [{"id": model["id"], "tags": model.get("tags", [])} for model in response.json()]
 
     return ask_hub(job)
-
-
-class Unavailable(HubError):
-    """No fault of the request: the network, the Hub or the disk. `reason` fits after "and"."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"{reason[0].upper()}{reason[1:]}.")
-        self.reason = reason
-
-
-def ask_hub(job: Callable[[], T], where: HubId | None = None, **options: Any) -> T:
-    """Runs `job`, which talks to the Hub, and turns what goes wrong into a sentence.
-
-    options: of `bounded`.
-
-    Raises `Unavailable` for faults after which a cached copy may stand in, `HubError` for refusals.
-    """
-    try:
-        return bounded(job, **options)
-    except Stalled as error:
-        late = error.status < 400  # otherwise the client has tried again and again
-        raise Unavailable(STALLED if late else status_reason(error.status)) from error
-    except (httpx2.HTTPError, OSError, ValueError, TypeError, RuntimeError) as error:
-        # the client wraps the errors of an upload
-        cause = error.__cause__ if isinstance(error, RuntimeError) else None
-        repo, revision = (where.repo, where.revision) if where else ("this", None)
-        if sentence := refusal(cause or error, repo, revision):
-            raise HubError(sentence) from error
-        raise Unavailable(reason(cause or error)) from error
 
 
 def _find_cached(where: HubId, paths: Collection[str]) -> Snapshot | None:
@@ -191,11 +164,6 @@ def _find_cached(where: HubId, paths: Collection[str]) -> Snapshot | None:
     return Snapshot(files[0].parent, Origin(repo, known.resolved, size, cached=True), checksums)
 
 
-def _intact(cached: Snapshot) -> bool:
-    """Whether all files are what their checksums say; others are removed."""
-    return all([_is_valid(cached.folder / name, sum) for name, sum in cached.checksums.items()])
-
-
 def _is_valid(file: Path, checksum: str) -> bool:
     """Whether a file is what its checksum says, where that is known; otherwise it is removed."""
     with suppress(OSError):
@@ -209,12 +177,11 @@ def _is_valid(file: Path, checksum: str) -> bool:
     return False
 
 
-def _fetch(
-    where: HubId, limits: Mapping[str, int], token: Token, progress: Progress | None
-) -> Snapshot:
+def _fetch(where: HubId, limits: Mapping[str, int], token: Token, progress: Progress) -> Snapshot:
     """One question for commit, sizes and checksums, then every file of that commit."""
     repo = where.repo
-    commit, listed = ask_hub(lambda: _list_files(where, limits, token), where)
+    ask = partial(ask_hub, repo=repo, revision=where.revision)
+    commit, listed = ask(lambda: _list_files(where, token))
     for path, most in limits.items():
         if path not in listed:
             raise HubError(f"{repo} has no {path} at {where.revision or 'main'}.")
@@ -222,67 +189,51 @@ def _fetch(
             raise HubError(
                 f"{path} of {repo} has {size / 1e6:,.0f} MB; at most {most / 1e6:,.0f} MB are read."
             )
+    total, checksums = sum(listed[p][0] for p in limits), {p: listed[p][1] for p in limits}
+    entries = [try_to_load_from_cache(repo, path, revision=commit) for path in limits]
+    cached = all(isinstance(entry, str) for entry in entries)
 
-    def is_missing(path: str) -> bool:
-        return not isinstance(try_to_load_from_cache(repo, path, revision=commit), str)
+    def arrived() -> int:
+        received = sum(_arrived(repo, checksum) for checksum in checksums.values())
+        if not cached:
+            progress(min(received, total - 1), total)  # checked once all is there
+        return received
 
-    def report(received: int) -> None:
-        if progress and total:
-            progress(min(done + received, total), total)
-
-    done, total = 0, sum(listed[path][0] for path in limits if is_missing(path))
-    options: dict[str, Any] = {"revision": commit, "token": token, "tqdm_class": _NO_BAR}
-    for path in limits:
-        size, checksum = listed[path]
-        missing, shared = is_missing(path), partial(_arriving, repo, checksum)
-        for _ in range(2):
-            job = partial(hf_hub_download, repo, path, **options)
-            file = Path(ask_hub(job, where, on_bytes=report, elsewhere=shared))
-            done += size * missing
-            report(0)
-            if _is_valid(file, checksum):
-                break
-            missing, total = True, total + size
-        else:
-            raise HubError(f"{path} of {repo} arrives damaged: its checksum is wrong.")
-    origin = Origin(repo, commit, sum(listed[path][0] for path in limits), cached=total == 0)
-    return Snapshot(file.parent, origin, {p.rpartition("/")[2]: listed[p][1] for p in limits})
+    for path, checksum in checksums.items():
+        job = partial(hf_hub_download, repo, path, revision=commit, token=token)
+        file = Path(ask(job, arrived=arrived))
+        if not _is_valid(file, checksum):
+            cached = False
+            file = Path(ask(job, arrived=arrived))
+            if not _is_valid(file, checksum):
+                raise HubError(f"{path} of {repo} arrives damaged: its checksum is wrong.")
+    if not cached:
+        progress(total, total)
+    names = {path.rpartition("/")[2]: checksum for path, checksum in checksums.items()}
+    return Snapshot(file.parent, Origin(repo, commit, total, cached), names)
 
 
-def _list_files(
-    where: HubId, paths: Collection[str], token: Token
-) -> tuple[str, dict[str, tuple[int, str]]]:
-    """The commit, and size and checksum of those of its files that are among `paths`."""
+def _list_files(where: HubId, token: Token) -> tuple[str, dict[str, tuple[int, str]]]:
+    """The commit, and size and checksum of its files."""
     info = HfApi().model_info(where.repo, revision=where.revision, files_metadata=True, token=token)
     listed = {}
     for file in info.siblings or []:
-        if file.rfilename in paths:
-            checksum = file.lfs.sha256 if file.lfs else file.blob_id
-            if file.size is None or checksum is None:
-                raise ValueError("no size or checksum")
-            listed[file.rfilename] = file.size, checksum
-    if not _COMMIT.fullmatch(commit := info.sha or ""):
+        checksum = file.lfs.sha256 if file.lfs else file.blob_id
+        if file.size is None or checksum is None:
+            raise ValueError("no size or checksum")
+        listed[file.rfilename] = file.size, checksum
+    if not re.fullmatch(r"[0-9a-f]{40}", info.sha or ""):
         raise ValueError("no commit")
-    return commit, listed
+    return str(info.sha), listed
 
 
-def _arriving(repo: str, checksum: str) -> int:
-    """Bytes that any process has of a file which is not complete yet."""
+def _arrived(repo: str, checksum: str) -> int:
+    """Bytes of a file that are in the cache by now, whichever process has fetched them."""
     total = 0
-    for file in (_cache_folder(repo) / "blobs").glob(f"{checksum}.*"):
+    for file in (_cache_folder(repo) / "blobs").glob(f"{checksum}*"):
         with suppress(OSError):  # complete by now, and renamed
             total += file.stat().st_size
     return total
-
-
-def _remember(where: HubId, commit: str) -> None:
-    """Notes which commit a branch or tag had, only now that all of its files are there."""
-    if where.revision == commit:
-        return
-    ref = _cache_folder(where.repo) / "refs" / (where.revision or "main")
-    with suppress(OSError):  # a cache that cannot be written
-        ref.parent.mkdir(parents=True, exist_ok=True)
-        write_file(ref, commit.encode())
 
 
 def _cache_folder(repo: str) -> Path:

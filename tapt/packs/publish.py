@@ -5,20 +5,14 @@ from __future__ import annotations
 import io
 import os
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
-from huggingface_hub.utils import (
-    are_progress_bars_disabled,
-    disable_progress_bars,
-    enable_progress_bars,
-)
 
 from tapt.core.errors import HubError, InputError, PackError
 from tapt.packs.backbones import is_public
 from tapt.packs.card import PICTURE, model_card, read_notes
+from tapt.packs.client import ask_hub
 from tapt.packs.format import (
     CARD,
     CONFIG,
@@ -28,7 +22,7 @@ from tapt.packs.format import (
     open_pack,
     pack_folder,
 )
-from tapt.packs.hub import HubId, ask_hub, parse_id
+from tapt.packs.hub import parse_id
 from tapt.packs.rows import accuracy_figure
 
 
@@ -68,18 +62,19 @@ def publish(
         raise InputError(f"tag must be of letters, digits and . _ -, got {tag!r}.")
     if tag and create_pr:
         raise InputError("A tag names a version of your own repo; leave it out of a proposal.")
-    files = pack_files(folder, where.repo)
+    files = pack_files(folder, repo)
     if get_token() is None:
         raise HubError("There is no Hub token: log in with `hf auth login`, or set HF_TOKEN.")
-    with ExitStack() as stack:
-        if not are_progress_bars_disabled():  # they also count files that are there already
-            disable_progress_bars()
-            stack.callback(enable_progress_bars)
-        if not create_pr:
-            ask_hub(lambda: _prepare(where, public, tag), where)
-        url, commit, private = ask_hub(lambda: _commit(where, files, create_pr), where)
-        if tag:
-            _name(where, commit, tag)
+    if not create_pr:
+        ask_hub(lambda: _prepare(repo, public, tag), repo)
+    url, commit, private = ask_hub(lambda: _commit(repo, files, create_pr), repo)
+    if tag:
+        try:
+            ask_hub(lambda: HfApi().create_tag(repo, tag=tag, revision=commit), repo)
+        except HubError as error:
+            raise HubError(
+                f"The pack is published at commit {commit[:7]}, but not named {tag!r}: {error}"
+            ) from error
     return Published(url, commit, private, sum(map(len, files.values())), tuple(files))
 
 
@@ -106,30 +101,22 @@ def pack_files(folder: str | os.PathLike, repo: str) -> dict[str, bytes]:
     return {**files, CARD: card.encode()}
 
 
-def _prepare(where: HubId, public: bool, tag: str | None) -> None:
+def _prepare(repo: str, public: bool, tag: str | None) -> None:
     """Makes the repo where it is not there, and refuses a taken tag before anything is sent."""
     api = HfApi()
-    api.create_repo(where.repo, private=not public, exist_ok=True)
-    if tag and tag in {known.name for known in api.list_repo_refs(where.repo).tags}:
-        raise HubError(f"{where.repo} has a version {tag!r} already; choose another tag.")
+    api.create_repo(repo, private=not public, exist_ok=True)
+    if tag and tag in {known.name for known in api.list_repo_refs(repo).tags}:
+        raise HubError(f"{repo} has a version {tag!r} already; choose another tag.")
 
 
-def _name(where: HubId, commit: str, tag: str) -> None:
-    try:
-        ask_hub(lambda: HfApi().create_tag(where.repo, tag=tag, revision=commit), where)
-    except HubError as error:
-        raise HubError(
-            f"The pack is published at commit {commit[:7]}, but not named {tag!r}: {error}"
-        ) from error
-
-
-def _commit(where: HubId, files: Mapping[str, bytes], create_pr: bool) -> tuple[str, str, bool]:
+def _commit(repo: str, files: Mapping[str, bytes], create_pr: bool) -> tuple[str, str, bool]:
     api = HfApi()
-    info = api.model_info(where.repo)
-    options: dict[str, Any] = {"create_pr": create_pr, "parent_commit": info.sha}
+    info = api.model_info(repo)
     # a buffer goes by plain HTTP, where a stall can be seen; other data by the client for Xet
     operations = [CommitOperationAdd(name, io.BytesIO(data)) for name, data in files.items()]
     for operation in operations:  # one by one: their progress is watched in this thread
-        api.preupload_lfs_files(where.repo, [operation], create_pr=create_pr)
-    done = api.create_commit(where.repo, operations, commit_message="TAPT prompts", **options)
+        api.preupload_lfs_files(repo, [operation], create_pr=create_pr)
+    done = api.create_commit(
+        repo, operations, commit_message="TAPT prompts", create_pr=create_pr, parent_commit=info.sha
+    )
     return done.pr_url or done.commit_url, done.oid, bool(info.private)

@@ -1,21 +1,18 @@
-"""Files of a pack, read with distrust: what they must hold, and how version 1 becomes version 2.
-
-One sentence says whatever is wrong with them.
-"""
+"""Files of a pack, read with distrust: what they must hold, and how version 1 becomes version 2."""
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, create_model
+from pydantic_core import from_json
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from tapt.core.backbone import ARCHITECTURE
 from tapt.core.errors import PackError
 from tapt.core.prompts import PromptConfig
 from tapt.core.settings import STRICT, sentence
@@ -33,24 +30,16 @@ Size = Annotated[int, Field(ge=1, le=99_999)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Seconds = Annotated[float, Field(ge=0, le=1e9)]
 Interval = Annotated[list[Share], _rule("two numbers from 0 to 1", min_length=2, max_length=2)]
-Colour = Annotated[
+Mean = Annotated[
     list[Annotated[float, Field(ge=-10, le=10)]],
     _rule("three numbers from -10 to 10", min_length=3, max_length=3),
 ]
-
-
-class Architecture(BaseModel):
-    """Sizes of a backbone, as `Backbone.architecture` names them."""
-
-    model_config = STRICT
-
-    image_size: Size
-    image_tokens: Size
-    visual_width: Size
-    visual_blocks: Size
-    text_width: Size
-    text_blocks: Size
-    context_length: Size
+Std = Annotated[
+    list[Annotated[float, Field(gt=0, le=10)]],
+    _rule("three numbers above 0 and at most 10", min_length=3, max_length=3),
+]
+_sizes: dict[str, Any] = {name: (Size, ...) for name in ARCHITECTURE}
+Architecture: Any = create_model("Architecture", __config__=STRICT, **_sizes)
 
 
 class BaseModelEntry(BaseModel):
@@ -62,8 +51,8 @@ class BaseModelEntry(BaseModel):
     revision: str | None = None
     sha256: str | None = None
     architecture: Architecture
-    mean: Colour
-    std: Colour
+    mean: Mean
+    std: Std
 
 
 class Row(BaseModel):
@@ -101,8 +90,8 @@ class PackConfig(BaseModel):
 
     model_config = STRICT
 
-    format: Literal["tapt-pack"] = "tapt-pack"
-    version: Literal[2] = 2
+    format: Literal["tapt-pack"]
+    version: Literal[2]
     base_model: BaseModelEntry = _rule("an object")
     prompts: PromptConfig = _rule("an object")
     test_time: dict[str, dict[str, JsonValue]] = _rule("an object for each defence")
@@ -116,11 +105,10 @@ def read_config(path: Path, name: str) -> PackConfig:
     try:
         if path.stat().st_size > MAX_CONFIG_BYTES:
             raise PackError(f"{where} is larger than 1 MB.")
-        text = path.read_text(encoding="utf-8")
-        config = json.loads(text, parse_constant=_finite, parse_float=_finite)
+        config = from_json(path.read_bytes(), allow_inf_nan=False)
     except FileNotFoundError as error:
         raise PackError(f"Pack {name!r} has no {path.name}.") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise PackError(f"{where} is not valid JSON.") from error
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         raise PackError(f'{where} does not say "format": "{FORMAT}".')
@@ -133,40 +121,27 @@ def read_config(path: Path, name: str) -> PackConfig:
         return PackConfig(**(_converted(config) if version == 1 else config))
     except ValidationError as error:
         raise PackError(f"{where}: {sentence(error, PackConfig)}.") from error
+    except (AttributeError, KeyError, TypeError) as error:
+        raise PackError(f"{where} is not a config of version {version}.") from error
 
 
 def _converted(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config of version 1 as one of version 2, faults and all."""
-    settings, rows = config.get("test_time"), config.get("evaluation")
-    changed = {**config, "version": 2}
-    if isinstance(settings, dict):
-        views = {name: settings[name] for name in ("views", "keep") if name in settings}
-        changed["test_time"] = {"tapt": settings, "ensemble": views}
-    if isinstance(rows, list):
-        changed["evaluation"] = [_converted_row(row) for row in rows]
-    return changed
+    """A config of version 1 as one of version 2."""
+    settings = config["test_time"]
+    views = {name: settings[name] for name in ("views", "keep") if name in settings}
+    rows = [_converted_row(**row) for row in config["evaluation"]]
+    test_time = {"tapt": settings, "ensemble": views}
+    return {**config, "version": 2, "test_time": test_time, "evaluation": rows}
 
 
-def _converted_row(row: Any) -> Any:
-    if not isinstance(row, dict):
-        return row
-    changed = {**row}
-    if "threat" in row:
-        threat = changed.pop("threat")
-        changed["attacked_model"] = "deployed" if threat in ("square", "adaptive") else threat
-    if isinstance(budget := row.get("budget"), str):  # of the worst of several attacks
-        for old in ("adaptive", "square"):
-            budget = budget.replace(f" on {old} (", " on deployed (")
-        changed["budget"] = budget
-    if row.get("defense") == "random-start":
-        changed |= {"defense": "tapt", "settings": {"random_start": True}}
-    return changed
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError("JSON has no such number")
-    return value
+def _converted_row(threat: str, defense: str, budget: str, **row: Any) -> dict[str, Any]:
+    for old in ("adaptive", "square"):  # in the worst of several attacks
+        budget = budget.replace(f" on {old} (", " on deployed (")
+    attacked = "deployed" if threat in ("square", "adaptive") else threat
+    row |= {"attacked_model": attacked, "defense": defense, "budget": budget}
+    if defense == "random-start":
+        row |= {"defense": "tapt", "settings": {"random_start": True}}
+    return row
 
 
 def read_tensors(path: Path, shapes: Mapping[str, Shape], name: str) -> dict[str, Tensor]:
@@ -181,12 +156,10 @@ def read_tensors(path: Path, shapes: Mapping[str, Shape], name: str) -> dict[str
                     raise PackError(f"{where} {word} {', '.join(sorted(wrong))}.")
             for key, shape in shapes.items():
                 entry = file.get_slice(key)
-                if entry.get_dtype() != "F32":
-                    raise PackError(f"{where}: {key} must be F32, got {entry.get_dtype()}.")
-                if tuple(entry.get_shape()) != shape:
-                    raise PackError(
-                        f"{where}: {key} must have shape {shape}, got {tuple(entry.get_shape())}."
-                    )
+                if (kind := entry.get_dtype()) != "F32":
+                    raise PackError(f"{where}: {key} must be F32, got {kind}.")
+                if (own := tuple(entry.get_shape())) != shape:
+                    raise PackError(f"{where}: {key} must have shape {shape}, got {own}.")
             tensors = {key: file.get_tensor(key) for key in shapes}
     except FileNotFoundError as error:
         raise PackError(f"Pack {name!r} has no {path.name}.") from error
