@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import folder_files, toy_model
+from conftest import ROOT, folder_files, toy_model
 from loopback import LoopbackHub
 from PIL import Image
 
@@ -18,6 +18,7 @@ from tapt.core.backbone import Backbone
 from tapt.core.errors import InputError
 from tapt.data import LabelledImages, load_data
 from tapt.defenses import Defense, base, register
+from tapt.packs.backbones import load_backbone
 from tapt.packs.format import Pack
 from tapt.training import choose, make
 from tapt.training.batches import TrainConfig
@@ -113,9 +114,11 @@ def test_presets_fit_backbone_and_data(toy: Backbone, data: Path):
     quick = make_recipe("quick", toy, images, {"design": "V"}, {"epsilon": 4 / 255})
     assert quick.training.epochs * len(images) == pytest.approx(make.SEEN, rel=0.01)
     assert (quick.prompts.design, quick.training.epsilon) == ("V", 4 / 255)
-    embedded = json.loads(Path("prompts/tiny/vlj/config.json").read_text())["training"]
-    made = make_recipe("embedded", toy, images, {}, {}).training.model_dump()
-    assert made.items() <= embedded["adversarial"].items()
+    tiny, _ = load_backbone("tiny", device="cpu")
+    for design in ("V", "VLI", "VLJ"):  # the embedded packs' own prompts are not trained again
+        recipe = make_recipe("embedded", tiny, images, {"design": design}, {})
+        folder = ROOT / "prompts" / "tiny" / design.lower()
+        assert make.made(folder, tiny, recipe.prompts, recipe.training) is not None
 
 
 @pytest.fixture
@@ -182,6 +185,7 @@ def test_from_nothing_to_the_hub(
         ("--push nowhere", "'nowhere' is not a repo id"),
         ("--backbone random:ViT-B-32", "Others cannot load 'random:ViT-B-32'"),
         ("--depth 9", "visual_depth must be at most 3"),
+        ("--validation 0", "No image is held out"),
         ("--out file/x", "a part of its path is a file"),
         ("--work file", "'file' cannot be written"),
     ],

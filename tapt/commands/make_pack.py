@@ -19,6 +19,7 @@ from tapt.commands.options import (
     filled,
     given,
     join_processes,
+    positive,
 )
 from tapt.core.attacks import Attack
 from tapt.core.errors import HubError, InputError
@@ -56,6 +57,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "published settings; embedded: those of the packs that come along (default quick)",
     )
     parser.add_argument("--push", type=filled, metavar="owner/repo", help="publish it on the Hub")
+    parser.add_argument(
+        "--search", type=positive, metavar="N", help="held-out images that settings are chosen on"
+    )
     add_settings(parser, PromptConfig, only=LAYOUT)
     add_settings(parser, TrainConfig)
 
@@ -70,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     state = join_processes(args)
     backbone, data = backbone_of(args), load_data(args.data, "train")
     recipe = make_recipe(args.preset, backbone, data, *own)
+    recipe = replace(recipe, search=args.search or recipe.search)
 
     def say(text: str) -> None:
         if state.is_main_process:

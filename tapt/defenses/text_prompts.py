@@ -255,7 +255,7 @@ register(
         uses_prompts=False,
         paper="arXiv 2209.07511",
         by_default=False,
-        search={"lr": (0.001, 0.005, 0.02), "keep": (0.1, 0.3)},
+        search={"lr": (0.005, 0.05, 0.5), "keep": (0.1, 0.3)},
     )
 )
 register(
@@ -268,7 +268,7 @@ register(
         uses_prompts=False,
         paper="arXiv 2504.11195",
         by_default=False,
-        search={"lr": (0.001, 0.005, 0.02), "temperature": (0.01, 0.03, 0.1)},
+        search={"lr": (0.005, 0.05, 0.5), "temperature": (0.01, 0.03, 0.1)},
     )
 )
 register(
@@ -281,6 +281,6 @@ register(
         uses_prompts=False,
         paper="arXiv 2606.06943",
         by_default=False,
-        search={"lr": (0.001, 0.005, 0.02), "temperature": (0.1, 0.25, 1.0)},
+        search={"lr": (0.005, 0.05, 0.5), "temperature": (0.1, 0.25, 1.0)},
     )
 )

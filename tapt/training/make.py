@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from tapt.core.backbone import Backbone
 from tapt.core.clip import PromptedClip
 from tapt.core.errors import InputError, PackError
@@ -21,7 +23,7 @@ from tapt.packs.format import CONFIG, Pack, load_pack, open_pack
 from tapt.processes import load_checkpoint, start_processes
 from tapt.training.batches import TrainConfig, split_data
 from tapt.training.choose import candidates, choose_settings
-from tapt.training.prompts import VALIDATED, Trainer, train
+from tapt.training.prompts import Trainer, train
 from tapt.training.statistics import statistics
 
 PRESETS = ("paper", "quick", "embedded")
@@ -85,9 +87,11 @@ def make_recipe(
         config |= {"shots": None, "batch_size": 128, "precision": "bfloat16", "validation": 0.02}
         config |= {"epsilon": 2 / 255, "clean_share": 0.25}
         sizes = 20_000, 160, every, 0, 0
-    chosen = PromptConfig(**{**layout, **prompts})
+    chosen, trained = PromptConfig(**{**layout, **prompts}), TrainConfig(**{**config, **training})
     chosen.shapes(backbone.architecture)
-    return Recipe(chosen, TrainConfig(**{**config, **training}), *sizes)
+    if not round(len(data) * trained.validation):
+        raise InputError("No image is held out to choose settings on: raise validation.")
+    return Recipe(chosen, trained, *sizes)
 
 
 def make_pack(
@@ -178,34 +182,30 @@ def _drop_damaged(folder: Path) -> None:
 
 
 def estimate(backbone: Backbone, data: LabelledImages, recipe: Recipe) -> dict[str, float]:
-    """About how many seconds each stage takes: from one training step of each kind, and from one
-    image that all candidates of the search answer."""
-    split = split_data(data, backbone, recipe.training)
-    processes, held = start_processes(backbone.device).num_processes, len(split.held_out)
-    prompts = per_image = 0.0
+    """About how many seconds each stage takes in one process: from one training step of each kind,
+    and from one image that all candidates of the search answer."""
+    split, seconds = split_data(data, backbone, recipe.training), 0.0
     for config in recipe.trainings.values():
         trainer = Trainer(backbone, recipe.prompts, split, config)
         trainer.train_step()  # the first one is slower
         step = _seconds(trainer.train_step)
-        validated = 3 * config.epochs * min(VALIDATED, held) / config.batch_size
-        prompts += step * (trainer.total + validated)
-        per_image = step * processes / config.batch_size
-    start = trainer.prompts.map(lambda t: t.detach())
-    clip = PromptedClip(backbone, start, None, data.classes)
+        seconds += step * trainer.total
+    image, held = step / config.batch_size, len(split.held_out)  # there and back
+    clip = PromptedClip(backbone, trainer.prompts.map(Tensor.detach), None, data.classes)
     every, prepared = candidates(clip, recipe.defenses)
-    batch = ImageBatch(to_float(split.images.batch([0]).to(backbone.device), backbone.dtype), [0])
+    pixels = to_float(split.images.batch([0]).to(backbone.device), backbone.dtype)
+    batch = ImageBatch(pixels, [0])
     answers = _seconds(lambda: [each.predict(batch) for each in prepared])
-    shown = answers + 7 * per_image  # ten attack steps on two of three
-    table = answers * len(recipe.defenses) / len(every) + 2 / 3 * recipe.steps * per_image
+    once = answers * len(recipe.defenses) / len(every)
     return {
-        "prompts": prompts,
-        "statistics": min(len(data), recipe.statistics) * per_image / processes,
-        "settings": 3 * min(held, recipe.search) * shown / processes,
-        "table": 3 * min(held, recipe.table) * table / processes,
+        "prompts": seconds,
+        "statistics": min(len(data), recipe.statistics) * image,
+        "settings": min(held, recipe.search) * (3 * answers + 2 * 10 * image),
+        "table": min(held, recipe.table) * (3 * once + 2 * recipe.steps * image),
     }
 
 
 def _seconds(work: Callable[[], object]) -> float:
     began = time.perf_counter()
-    work()  # its results are read on the CPU, so that a GPU has done its work
+    work()  # its results are read on the CPU: a GPU has ended, too
     return time.perf_counter() - began
