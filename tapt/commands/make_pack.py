@@ -33,7 +33,7 @@ from tapt.packs.card import read_notes
 from tapt.packs.hub import parse_id
 from tapt.packs.publish import publish
 from tapt.training.batches import TrainConfig, split_data
-from tapt.training.make import PRESETS, Recipe, estimate, make_pack, make_recipe
+from tapt.training.make import PRESETS, Recipe, estimate, made, make_pack, make_recipe
 
 LAYOUT = ("design", "tokens", "visual_depth", "text_depth")
 
@@ -80,9 +80,10 @@ def run(args: argparse.Namespace) -> int:
         if state.is_main_process:
             print(text, file=sys.stderr, flush=True)
 
-    minutes = {name: seconds / 60 for name, seconds in estimate(backbone, data, recipe).items()}
-    parts = ", ".join(f"{name} {spent:.1f}" for name, spent in minutes.items())
-    say(f"About {sum(minutes.values()):.0f} minutes on {backbone.device.type}: {parts}.")
+    if made(out, backbone, recipe.prompts, recipe.training) is None:
+        minutes = {k: seconds / 60 for k, seconds in estimate(backbone, data, recipe).items()}
+        parts = ", ".join(f"{name} {spent:.1f}" for name, spent in minutes.items())
+        say(f"About {sum(minutes.values()):.0f} minutes on {backbone.device.type}: {parts}.")
     pack = make_pack(backbone, data, recipe, out, work, report=say)
     if recipe.table:
         say("table")
