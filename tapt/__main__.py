@@ -18,6 +18,7 @@ COMMANDS = {
     "selfcheck": "sanity rules of the attack harness, pass or fail",
     "train": "adversarial prompt tuning: make defensive prompts",
     "statistics": "token statistics for trained prompts; makes the finished pack",
+    "make-pack": "all of it in one command: prompts, statistics, settings, table, card",
     "push": "publish a pack on the Hugging Face Hub",
     "convert": "make a pack of a checkpoint of the method's research code",
     "bench": "seconds and memory per image, of TAPT's step or of every defence",
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for each, help_text in COMMANDS.items():
             command = commands.add_parser(each, help=help_text, description=help_text)
             if each == name:  # the other commands' imports are not needed
-                module = import_module(f"tapt.commands.{name}")
+                module = import_module(f"tapt.commands.{name.replace('-', '_')}")
                 module.add_arguments(command)
         args = parser.parse_args(argv)
         status: int = module.run(args)

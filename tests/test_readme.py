@@ -60,12 +60,13 @@ def test_every_shown_command_is_understood(place: str, monkeypatch: pytest.Monke
     variables = dict(re.findall(r'^(\w+)="(.*)"$', "\n".join(lines), re.MULTILINE))
     called: list[str] = []
     for line in lines:
-        found = re.match(r"(?:\S*python -m )?tapt (\w+) (.*)", line)
+        found = re.match(r"(?:\S*python -m )?tapt ([\w-]+) (.*)", line)
         if found is None or found[1] == "demo":
             continue
         for name, value in variables.items():
             line = line.replace(f"${name}", value)
-        monkeypatch.setattr(f"tapt.commands.{found[1]}.run", lambda args: called.append("run") or 0)
+        module = f"tapt.commands.{found[1].replace('-', '_')}"
+        monkeypatch.setattr(f"{module}.run", lambda args: called.append("run") or 0)
         assert main(shlex.split(line.partition("tapt ")[2], comments=True)) == 0, line
         assert called.pop() == "run"
 

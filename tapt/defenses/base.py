@@ -183,6 +183,8 @@ class Defense:
     uses_prompts: its answer depends on the pack's prompts.
     paper: where it comes from.
     by_default: answers where nobody chose.
+    search: values of its decisive settings, all combinations of which are tried where a pack is
+        made.
     """
 
     name: str
@@ -193,6 +195,7 @@ class Defense:
     uses_prompts: bool = True
     paper: str = ""
     by_default: bool = True
+    search: Mapping[str, Sequence[Any]] = field(default_factory=dict, hash=False)
 
 
 _REGISTRY: dict[str, Defense] = {}

@@ -206,9 +206,13 @@ class Dbd(PreparedDefense):
         """Logits (M, C), entropies of all views (M, V), and the direction."""
         backbone, text = self.clip.backbone, self.clip.vanilla.text_features
         advance = counted(on_progress, len(batch) * VIEWS)
-        pairs = zip(batch.images, batch.generators("dbd"), strict=True)
-        views = torch.stack([torch.cat([x[None], changed_views(x, g)]) for x, g in pairs])
-        features = encode_unit(backbone, views, advance=advance)
+
+        def encoded() -> Tensor:
+            pairs = zip(batch.images, batch.generators("dbd"), strict=True)
+            views = torch.stack([torch.cat([x[None], changed_views(x, g)]) for x, g in pairs])
+            return encode_unit(backbone, views, advance=advance)
+
+        features = batch.shared(("dbd", backbone, torch.is_grad_enabled()), encoded)
         logits = similarity(backbone, features, text)
         found = direction(features, logits, self.settings)
         answer = similarity(backbone, normalize(found.features, dim=-1)[:, None], text)[:, 0]
@@ -225,5 +229,6 @@ register(
         uses_prompts=False,
         paper="arXiv 2606.06186",
         by_default=False,
+        search={"threshold": (0.4, 0.6, 0.7, 0.8, 0.9), "alpha": (1.5, 2.5, 4.0)},
     )
 )

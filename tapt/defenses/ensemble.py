@@ -72,5 +72,6 @@ register(
         "the kept views under the static prompts, no step",
         Ensemble,
         EnsembleSettings,
+        search={"keep": (0.05, 0.1, 0.2, 0.5)},
     )
 )

@@ -129,5 +129,6 @@ register(
         Tapt,
         TaptSettings,
         paper="arXiv 2411.13136",
+        search={"lr": (0.005, 0.01, 0.02, 0.04)},
     )
 )

@@ -86,5 +86,6 @@ register(
         TaptEnsembleSettings,
         paper="arXiv 2411.13136",
         by_default=False,
+        search={"answer": ("kept", "similar"), "lr": (0.005, 0.02)},
     )
 )

@@ -251,9 +251,14 @@ class Sstpt(TextPrompts):
 
     def plan(self, batch: ImageBatch, features: Tensor, logits: Tensor, kept: Tensor) -> Plan:
         settings, backbone = self.settings, self.clip.backbone
-        pairs = zip(self.views(batch), batch.generators("slight change"), strict=True)
-        changed = torch.stack([slight_change(views, generator) for views, generator in pairs])
-        changed_logits = similarity(backbone, encode_unit(backbone, changed), self.text_features)
+
+        def encoded() -> Tensor:
+            pairs = zip(self.views(batch), batch.generators("slight change"), strict=True)
+            return encode_unit(backbone, torch.stack([slight_change(x, g) for x, g in pairs]))
+
+        choices = settings.views, settings.augmix, torch.is_grad_enabled()
+        changed = batch.shared(("slight change", backbone, *choices), encoded)
+        changed_logits = similarity(backbone, changed, self.text_features)
         moved, near = divergence(logits, changed_logits), suitability(features)
         steady = 1 / (moved + 1e-8)
         chosen = view_weights(near.gather(1, kept), steady.gather(1, kept), settings).detach()
@@ -279,6 +284,7 @@ register(
         uses_prompts=False,
         paper="arXiv 2209.07511",
         by_default=False,
+        search={"lr": (0.005, 0.05, 0.5), "keep": (0.1, 0.3)},
     )
 )
 register(
@@ -291,6 +297,7 @@ register(
         uses_prompts=False,
         paper="arXiv 2504.11195",
         by_default=False,
+        search={"lr": (0.005, 0.05, 0.5), "temperature": (0.01, 0.03, 0.1)},
     )
 )
 register(
@@ -303,5 +310,6 @@ register(
         uses_prompts=False,
         paper="arXiv 2606.06943",
         by_default=False,
+        search={"lr": (0.005, 0.05, 0.5), "temperature": (0.1, 0.25, 1.0)},
     )
 )

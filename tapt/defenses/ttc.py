@@ -218,5 +218,6 @@ register(
         uses_prompts=False,
         paper="arXiv 2503.03613",
         by_default=False,
+        search={"epsilon": (2 / 255, 4 / 255, 8 / 255), "tau_threshold": (0.1, 0.2, 0.5)},
     )
 )

@@ -161,17 +161,15 @@ class Trainer:
         result[chosen] = moved
         return result
 
-    def validate(self, epsilon: float | None = None) -> dict[str, float]:
-        """Clean accuracy and accuracy under PGD-5 on held-out images; epsilon: default the
-        training epsilon."""
+    def validate(self) -> dict[str, float]:
+        """Clean accuracy and accuracy under PGD-5 at the training epsilon, on held-out images."""
         count = min(VALIDATED, len(self.data.held_out))
         own = range(self.state.process_index, count, self.state.num_processes)
         prompts = self.prompts.map(Tensor.detach)
         with torch.no_grad():
             text = self.texts.features(self.backbone, prompts)
         classifier = FixedClassifier(self.backbone, text, prompts)
-        epsilon = epsilon or self.config.epsilon
-        attack = Attack(name="pgd", epsilon=epsilon, steps=5, seed=self.config.seed)
+        attack = Attack("pgd", self.config.epsilon, steps=5, seed=self.config.seed)
         counts = torch.zeros(2, device=self.backbone.device)
         for chunk in (own[i : i + CHUNK] for i in range(0, len(own), CHUNK)):
             pixels = self.data.held_out.batch(chunk).to(self.backbone.device)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,8 +181,9 @@ def token_moments(
     """
     visual, blocks = prompts.visual(), range(backbone.visual_blocks)
     indices = range(len(images)) if indices is None else indices
-    fingerprint = _fingerprint(backbone, prompts, images, indices, seed) if checkpoint else ""
-    moments = checkpoint.load(fingerprint) if checkpoint else None
+    tensors = prompts.tensors.values()
+    own = fingerprint(backbone, tensors, images, indices, seed) if checkpoint else ""
+    moments = checkpoint.load(own) if checkpoint else None
     if moments is None:
         shape, *_ = statistics_shapes(backbone.architecture, prompts.config).values()
         moments = Moments(0, *torch.zeros((2, *shape), dtype=torch.float64, device="cpu"))
@@ -197,18 +198,19 @@ def token_moments(
         _, hidden = encode_image(backbone, views.to(backbone.device), visual, hidden=blocks)
         moments.add(hidden)
         if checkpoint and time.monotonic() - saved > 60 * checkpoint.minutes:
-            checkpoint.save(moments, fingerprint)
+            checkpoint.save(moments, own)
             saved = time.monotonic()
     if checkpoint:
-        checkpoint.save(moments, fingerprint)
+        checkpoint.save(moments, own)
     return moments
 
 
-def _fingerprint(
-    backbone: Backbone, prompts: Prompts, images: Pixels, indices: range, seed: int
+def fingerprint(
+    backbone: Backbone, tensors: Iterable[Tensor], images: Pixels, indices: range, seed: int
 ) -> str:
+    """What interrupted work must have in common to go on; a sample of the images is read."""
     values = hashlib.sha256()
-    for tensor in prompts.tensors.values():
+    for tensor in tensors:
         values.update(tensor.detach().cpu().numpy().tobytes())
     sample = digest(images.data.subset(range(0, len(images), 50)))
     inputs = [backbone.sha256, values.hexdigest(), sample, len(images), repr(indices), seed]
