@@ -2,52 +2,58 @@
 
 Gradio itself checks too little: its image input opens any file of the server that a request
 names, and its number fields let NaN through.
+
+Settings of the defences come as one field, `settings`: an object of changes, "DEFENCE.NAME" for one
+defence or "NAME" for every one that has it, as `tapt.model.Model.settings` takes them; the
+defence's own class says what is wrong with a value. `attacked_model` is `clip`, `static`,
+`deployed` or `deployed:NAME`. An empty `true_class` (answers are kept or changed then) or `target`
+is none.
 """
 
 from __future__ import annotations
 
 import base64
 import html
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import gradio as gr
 from gradio.data_classes import ImageData
 from PIL import Image
 from pydantic import Field, ValidationError, field_validator
+from typing_extensions import Self
 
 from tapt.core.attacks import METHODS, Attack
-from tapt.core.errors import InputError
-from tapt.core.settings import Settings, limits, plain_type, shown
-from tapt.core.tuning import TuneConfig
+from tapt.core.errors import InputError, TaptError
+from tapt.core.settings import Settings, shown
 from tapt.data.names import parse_classes
 from tapt.data.pictures import open_image
-from tapt.defenses import find_defenses
+from tapt.defenses import all_defenses, find_defenses
 from tapt.model import ATTACKED_MODELS
 
-MAX_BYTES = 10_000_000
+MAX_BYTES = 30 * 2**20  # of a picture; gradio writes it as 30.0 MB
 MAX_TEXT = 100_000
+ATTACKS = ("none", *METHODS)
 NOT_A_PICTURE = "Send the picture as an uploaded file or as a data: URL."
-
-
-def _of(owner: type[Settings], name: str, title: str, default: Any, most: int | None = None) -> Any:
-    """A field as its own class declares it, with what the page calls it and, for everybody's
-    sake, at most as much as `most`."""
-    field = owner.model_fields[name]
-    low, high = limits(field)
-    text = f"{field.description}."
-    text = text[0].upper() + text[1:]
-    return Field(default, title=title, description=text, ge=low, le=most or high)
+BROKEN = "This run failed on the server, for a reason that its log names. Please try again."
 
 
 class Fields(Settings):
     """What a request holds beside the picture, in the order of the API's parameters and in the
-    units of the page. None among the test-time settings leaves the pack's own."""
+    units of the page."""
 
-    class_names: str = ""
-    attack: Literal[("none", *METHODS)] = "none"
+    class_names: str = Field(
+        "", description="What CLIP may answer: two names at least, by commas or one per line."
+    )
+    attack: str = Field(
+        "none",
+        title="Attack",
+        description=f"One of {', '.join(ATTACKS)}.",
+        json_schema_extra={"rule": f"one of {', '.join(ATTACKS)}"},
+    )
     epsilon: int = Field(
         4,
         ge=0,
@@ -55,8 +61,14 @@ class Fields(Settings):
         title="Epsilon",
         description="Largest change of a pixel, in 1/255; 0: no attack.",
     )
-    attacked_model: Literal[ATTACKED_MODELS] = "clip"
-    true_class: str = ""
+    attacked_model: str = Field(
+        "clip",
+        description="What the attack sees: clip (vanilla CLIP), static (the prompts as trained), "
+        "or deployed:NAME (a whole defence, random views and tuning included).",
+    )
+    true_class: str = Field(
+        "", description="The right one of the class names; empty where nobody knows it."
+    )
     steps: int = Field(
         0,
         ge=0,
@@ -67,18 +79,26 @@ class Fields(Settings):
     step_size: float = Field(
         0, ge=0, le=16, title="Step size", description="In 1/255; 0: 2.5 × epsilon / steps."
     )
-    target: str = ""
-    seed: int = _of(Attack, "seed", "Seed", 0)
-    defenses: list[str] | None = Field(
-        None, title="Defences", json_schema_extra={"rule": "a list of names"}
+    target: str = Field(
+        "", description="A class name that the attack moves towards; empty: away from the truth."
     )
-    backbone: str = ""
-    pack: str = ""
-    views: int | None = _of(TuneConfig, "views", "Views", None, 256)
-    keep: float | None = _of(TuneConfig, "keep", "Kept share", None)
-    tune_steps: int | None = _of(TuneConfig, "steps", "Tuning steps", None, 20)
-    lr: float | None = _of(TuneConfig, "lr", "Learning rate", None, 1)
-    alpha: float | None = _of(TuneConfig, "alpha", "Alpha", None)
+    seed: int = Field(
+        0, ge=0, le=2**31 - 1, title="Seed", description="Of all that is random, attack and views."
+    )
+    defenses: list[str] | None = Field(
+        None,
+        title="Defences",
+        description="Names of those that answer; left out: those that do by default.",
+        json_schema_extra={"rule": "a list of names"},
+    )
+    backbone: str = Field("", description="The CLIP model; empty: the page's first one.")
+    pack: str = Field("", description="The trained prompts; empty: the backbone's own.")
+    settings: dict[str, Any] | None = Field(
+        None,
+        title="Settings of the defences",
+        description='Changes, such as {"views": 32} for all that have views, or {"tapt.lr": 0.001}.',
+        json_schema_extra={"rule": "an object of names and values"},
+    )
     max_epsilon: int = Field(
         8, ge=1, le=16, title="Largest epsilon", description="In 1/255; the sweep begins at 0."
     )
@@ -88,22 +108,58 @@ class Fields(Settings):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _whole(cls, value: object) -> object:
-        return int(value) if isinstance(value, float) and value.is_integer() else value
+    def _plain(cls, value: object) -> object:
+        if isinstance(value, str) and len(value) > MAX_TEXT:
+            raise InputError(f"Texts have at most {MAX_TEXT:,} characters, got {len(value):,}")
+        if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
+            raise InputError("Texts must be valid Unicode; half of a surrogate pair is in one")
+        return _whole(value)  # JSON has one kind of number
+
+    @field_validator("attack")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        if name not in ATTACKS:
+            raise InputError(f"attack must be one of {', '.join(ATTACKS)}, got {shown(name)}")
+        return name
+
+    @field_validator("attacked_model")
+    @classmethod
+    def _attackable(cls, attacked: str) -> str:
+        kind, _, name = attacked.partition(":")
+        if kind not in ATTACKED_MODELS or (name and kind != "deployed"):
+            raise InputError(
+                "attacked_model must be one of clip, static, deployed and deployed:NAME of a "
+                f"defence, got {shown(attacked)}"
+            )
+        find_defenses([name] if name else None)
+        return attacked
 
     @field_validator("defenses")
     @classmethod
     def _registered(cls, names: list[str] | None) -> list[str] | None:
         return names and [row.name for row in find_defenses(names)]
 
-    @field_validator("class_names", "true_class", "target", "backbone", "pack")
+    @field_validator("settings")
     @classmethod
-    def _text(cls, value: str) -> str:
-        if len(value) > MAX_TEXT:
-            raise InputError(f"Texts have at most {MAX_TEXT:,} characters, got {len(value):,}")
-        if any("\ud800" <= character <= "\udfff" for character in value):  # JSON lets these through
-            raise InputError("Texts must be valid Unicode; half of a surrogate pair is in one")
-        return value
+    def _changes(cls, changes: dict[str, Any] | None) -> dict[str, Any]:
+        return {key: _setting(key, value) for key, value in (changes or {}).items()}
+
+
+def _whole(value: Any) -> Any:
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _setting(key: str, value: object) -> object:
+    """A checked change of a setting."""
+    owner, _, name = key.rpartition(".")
+    rows = [row for row in all_defenses() if owner in ("", row.name)]
+    rows = [row for row in rows if name in row.settings.model_fields]
+    if not rows:
+        raise InputError(f"{shown(key)} is a setting of no defence; write NAME or DEFENCE.NAME.")
+    value = _whole(value)
+    for row in rows if value is not None else ():
+        row.settings(**{name: value})
+    return value
 
 
 SWEEP_ONLY = ("max_epsilon", "epsilon_step")
@@ -111,7 +167,6 @@ NAMES = tuple(Fields.model_fields)
 # parameters of the endpoints
 FIELDS = ("image", *(name for name in NAMES if name not in SWEEP_ONLY))
 SWEEP_FIELDS = (*(name for name in FIELDS if name != "epsilon"), *SWEEP_ONLY)
-TEST_TIME = {"views": "views", "keep": "keep", "tune_steps": "steps", "lr": "lr", "alpha": "alpha"}
 
 
 def refusal(error: Exception | str) -> gr.Error:
@@ -120,13 +175,26 @@ def refusal(error: Exception | str) -> gr.Error:
     return gr.Error(html.escape(str(error), quote=False), print_exception=False)
 
 
+@contextmanager
+def in_words() -> Iterator[None]:
+    """Whatever goes wrong within, the person gets one sentence."""
+    try:
+        yield
+    except TaptError as error:
+        raise refusal(error) from error
+    except gr.Error:
+        raise
+    except Exception as error:
+        raise gr.Error(BROKEN) from error  # with its traceback in the log
+
+
 class PictureData(ImageData):
     """What a request sends as a picture; anything else is refused in a sentence."""
 
     @classmethod
-    def model_validate(cls, value: object, **options: object) -> ImageData:
+    def model_validate(cls, obj: Any, **options: Any) -> Self:
         try:
-            return super().model_validate(value, **options)
+            return super().model_validate(obj, **options)
         except ValidationError:
             raise refusal(NOT_A_PICTURE) from None
 
@@ -138,10 +206,8 @@ class PictureInput(gr.Image):
     data_model = PictureData
 
     def preprocess(self, payload: ImageData | None) -> Image.Image | None:
-        try:
+        with in_words():
             return read_picture(payload, self.GRADIO_CACHE)
-        except InputError as error:
-            raise refusal(error) from error
 
 
 @dataclass(frozen=True)
@@ -164,12 +230,6 @@ class Request:
         """Of a sweep, in 1/255."""
         return range(0, self.fields.max_epsilon + 1, self.fields.epsilon_step)
 
-    @property
-    def changes(self) -> dict[str, float]:
-        """Test-time settings by their own names."""
-        given = ((own, getattr(self.fields, name)) for name, own in TEST_TIME.items())
-        return {name: value for name, value in given if value is not None}
-
 
 def read_request(values: Mapping[str, object], uploads: str) -> Request:
     """Checks a request.
@@ -181,8 +241,7 @@ def read_request(values: Mapping[str, object], uploads: str) -> Request:
         InputError: a value has the wrong type, is out of range or does not fit the others.
     """
     image = values.get("image")
-    payload = None if image is None else PictureData.model_validate(image)
-    picture = read_picture(payload, uploads)
+    picture = read_picture(image and PictureData.model_validate(image), uploads)
     if picture is None:
         raise InputError("Choose a picture first: upload one, paste one or pick an example.")
     fields = read_fields(values)
@@ -245,7 +304,7 @@ def read_picture(payload: ImageData | None, uploads: str) -> Image.Image | None:
 def _data_url(url: str) -> bytes:
     header, _, data = url.partition(",")
     if len(data) > MAX_BYTES * 4 / 3 + 4:
-        raise InputError(f"This picture is too large: at most {MAX_BYTES // 1_000_000} MB.")
+        raise InputError(f"This picture is too large: at most {MAX_BYTES // 2**20} MB.")
     try:
         if not header.endswith(";base64"):
             raise ValueError("not base64")
@@ -267,19 +326,3 @@ def read_class(name: str, text: str, classes: tuple[str, ...]) -> str | None:
         if known.casefold() == wanted:
             return known
     raise InputError(f"The {name} {shown(text.strip())} is not one of the class names.")
-
-
-def number(name: str, kind: type = gr.Number, **options: object) -> gr.components.Component:
-    """The input of a number, as `Fields` declares it."""
-    field = Fields.model_fields[name]
-    low, high = limits(field)
-    return kind(
-        value=field.default,
-        label=field.title,
-        info=field.description,
-        minimum=low,
-        maximum=high,
-        step=1 if plain_type(field) is int else 0.0001,
-        min_width=120,
-        **options,
-    )
