@@ -1,380 +1,349 @@
-"""From a request to the values on the screen."""
+"""From what a person does to what is on the screen."""
 
 from __future__ import annotations
 
 import html
-import inspect
-import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import closing
-from dataclasses import fields, is_dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import gradio as gr
-from PIL import Image
-from torch import Tensor
+import pandas as pd
 
 from tapt.comparison import Comparison
 from tapt.core.attacks import METHODS
 from tapt.core.errors import InputError, TaptError
 from tapt.core.images import to_picture
-from tapt.data.names import MAX_CLASSES, class_names
-from tapt.data.pictures import open_image
-from tapt.defenses import find_defenses
-from tapt.defenses.deployed import attack_seconds
-from tapt.evaluation.sweep import Sweep, sweep_steps
-from tapt.model import DRAWS, VICTIM, Model, Progress, in_thread
-from tapt.ui import details, inputs, known, links, on_gpu, render
-from tapt.ui.background import with_heartbeat
-from tapt.ui.service import EMBEDDED_BACKBONE, Service
+from tapt.core.settings import shown
+from tapt.data.names import MAX_CLASSES, class_names, distinct, names_text, parse_classes
+from tapt.defenses import all_defenses, find_defenses
+from tapt.evaluation.sweep import Sweep
+from tapt.model import Model
+from tapt.ui import inputs, known, links, render
+from tapt.ui.background import Runs, with_heartbeat
+from tapt.ui.inputs import FIELDS, SWEEP_ONLY, read_fields, read_picture, read_request
+from tapt.ui.service import Service
 
-BROKEN = "This run failed on the server, for a reason that its log names. Please try again."
-MODEL_FIELDS = ("backbone", "pack", *inputs.TEST_TIME)
-
-
-def _endpoint(names: Sequence[str]) -> Callable[[Callable], Callable]:
-    """Names the parameters of an API endpoint, checks the request, and shows the person one
-    sentence whatever goes wrong."""
-
-    def decorate(function: Callable) -> Callable:
-        def run(self: Handlers, *values: object) -> Iterator:
-            try:
-                raw = dict(zip(names, values, strict=True))
-                yield from function(self, inputs.read_request(raw, self.uploads))
-            except TaptError as error:
-                raise inputs.refusal(error) from error
-            except gr.Error:
-                raise
-            except Exception as error:
-                raise gr.Error(BROKEN) from error  # with its traceback in the log
-
-        kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
-        parameters = [
-            inspect.Parameter(name, kind, default=empty if name in ("self", "image") else None)
-            for name in ("self", *names)
-        ]
-        run.__signature__ = inspect.Signature(parameters)
-        run.__name__, run.__doc__ = function.__name__, function.__doc__
-        return run
-
-    return decorate
+Raw = Mapping[Any, Any]
+CHOICES = 100  # of a dropdown; longer lists are typed
+PHASES = {"attack": "Attacking", "download": "Fetching the model", "waiting": "Waiting, runs ahead"}
 
 
 class Handlers:
     """The page's event handlers; nothing is left of a call when it ends.
 
-    uploads: the folder that pictures of requests may be read from.
+    fields: the components of a request by name; those of a defence's settings as `DEFENCE.NAME`.
     """
 
-    OUTPUTS = 8
+    def __init__(self, service: Service, runs: Runs, fields: Mapping[str, Any]) -> None:
+        self.service, self.runs, self.fields = service, runs, fields
 
-    def __init__(self, service: Service, uploads: str) -> None:
-        self.service = service
-        self.uploads = uploads
-        self._gpu_steps, self._gpu_sweep = on_gpu(self._steps), on_gpu(self._sweep_steps)
-        self._gpu_estimate = on_gpu(self._estimate)
+    def values(self, raw: Raw) -> dict[str, Any]:
+        """The request in components' values; settings that are left empty are the pack's own."""
+        given = {name: raw.get(component) for name, component in self.fields.items()}
+        settings = {
+            name: value
+            for name, value in given.items()
+            if "." in name
+            and value not in (None, "")
+            and name.partition(".")[0] in given["defenses"]
+        }
+        plain = {name: value for name, value in given.items() if "." not in name}
+        return {**plain, "settings": settings}
 
-    @_endpoint(inputs.FIELDS)
-    def compare(self, request: inputs.Request) -> Iterator[tuple]:
-        """Yields (status, verdict, answers, pictures, perturbation, details, downloads, JSON).
-
-        Only changed values are sent in between; the last yield carries every one.
-        """
-        yield render.status("Reading the class names"), "", "", None, "", "", "", None
-        before = None
-        for bar, result in self._progress(request, self._gpu_steps):
-            now = None if result is None else _answered(result)
-            if result is not None and result.finished:
-                break
-            if now == before:
-                yield bar, *(gr.skip(),) * (self.OUTPUTS - 1)
-            else:
-                # a picture that is written again could reach the browser by halves
-                pictures = before is None or before[0] != now[0]
+    def compare(self, raw: Raw, progress: gr.Progress = gr.Progress()) -> Iterator[tuple]:  # noqa: B008
+        """Yields (sentence, rows, slider, pictures, take-away, Stop, ...) as they come."""
+        values = self.values(raw)
+        with inputs.in_words():
+            request = self.runs.request(values)
+            before: list[bool] | None = None
+            result: Comparison | None = None
+            yield render.note("Running…"), *(gr.skip(),) * 4, gr.update(visible=True)
+            for at, result in self.runs.compare(request):
+                _show(progress, at)
+                answers = [a for r in (result.answers if result else {}).values() for a in _both(r)]
+                now = [answer is not None for answer in answers]
+                if result is None or now == before or result.finished:
+                    yield (gr.skip(),) * 6
+                    continue
                 before = now
-                yield bar, *self._values(result, request, pictures=pictures)
-        yield render.finished(result.seconds["total"]), *self._values(result, request)
+                sentence = render.note(f"So far {result.counts()}." if any(now) else "Running…")
+                yield sentence, render.results(result), *(gr.skip(),) * 4
+            assert result is not None
+            yield self._finished(result, request)
 
-    @_endpoint(inputs.SWEEP_FIELDS)
-    def sweep(self, request: inputs.Request) -> Iterator[tuple]:
-        """Yields (status, curves, published accuracy, JSON), filling in."""
-        if request.attack is None:
-            raise InputError("Choose an attack first: a sweep shows what more of it does.")
-        yield render.status("Reading the class names"), "", "", None
-        began, before, published, result = time.monotonic(), None, "", None
-        for bar, result in self._progress(request, self._gpu_sweep):
-            points = result and [len(values) for values in result.probabilities.values()]
-            if points == before:
-                yield bar, gr.skip(), gr.skip(), gr.skip()
-                continue
-            before = points
-            published = published or render.published(self._model(request).pack)
-            yield bar, render.sweep(result), published, result.to_dict()
-        bar = render.finished(time.monotonic() - began)
-        yield bar, render.sweep(result), published, result.to_dict()
-
-    @_endpoint(inputs.FIELDS)
-    def analyze(self, request: inputs.Request) -> Iterator[dict]:
-        """The JSON object of `python -m tapt predict --json`, once all is there."""
-        result = None
-        for _, now in self._progress(request, self._gpu_steps):
-            result = now
-            yield gr.skip()
-        yield result.to_dict()
-
-    def _progress(
-        self, request: inputs.Request, steps: Callable[[inputs.Request], Generator]
-    ) -> Iterator[tuple[Any, Any]]:
-        """Pairs of the status and what is there by then, nothing before the model is loaded."""
-
-        def work() -> Generator[tuple[Progress, Any], None, None]:
-            yield from self._load(request.fields.backbone, request.fields.pack)  # not in a fork
-            with closing(steps(request)) as computed:
-                yield from computed
-
-        phase, began, result = "", 0.0, None
-        for step in with_heartbeat(work()):
-            if step is None:
-                yield gr.skip(), result
-                continue
-            progress, result = step
-            if progress.phase != phase:
-                phase, began = progress.phase, time.monotonic()
-            bar = render.status(phase, progress.done, progress.total, time.monotonic() - began)
-            yield bar, result
-
-    def _load(self, backbone: str, pack: str) -> Generator[tuple[Progress, None], None, Model]:
-        def load(report: Callable[[int, int], None]) -> Model:
-            return self.service.model(backbone, pack, report)
-
-        return (yield from in_thread("download", None, load))
-
-    def _model(self, request: inputs.Request) -> Model:
-        return self.service.model(request.fields.backbone, request.fields.pack)
-
-    def _steps(self, request: inputs.Request) -> Generator[tuple[Progress, Comparison], None, None]:
-        yield from self._computed(request, Model.compare_steps)
-
-    def _sweep_steps(
-        self, request: inputs.Request
-    ) -> Generator[tuple[Progress, Sweep], None, None]:
-        yield from self._computed(request, sweep_steps, epsilons=request.epsilons)
-
-    def _computed(
-        self, request: inputs.Request, compute: Callable, **options: object
-    ) -> Generator[tuple[Progress, Any], None, None]:
-        try:
-            model = self._model(request)
-            steps = compute(
-                model,
-                request.picture,
-                request.classes,
-                attack=request.attack,
-                attacked=request.fields.attacked_model,
-                label=request.label,
-                target=request.target,
-                draws=_draws(request),
-                defenses=request.fields.defenses,
-                settings=_changes(model, request),
-                seed=request.fields.seed,
-                **options,
-            )
-            with closing(steps):
-                for progress, result in steps:
-                    yield progress, _snapshot(result)
-        except TaptError as error:  # another process can only hand on gradio's own errors
-            raise inputs.refusal(error) from error
-
-    def _values(
-        self, result: Comparison, request: inputs.Request, *, pictures: bool = True
-    ) -> tuple[Any, ...]:
+    def _finished(self, result: Comparison, request: inputs.Request) -> tuple:
         both = None
         if result.attacked is not None:
             both = to_picture(result.clean), to_picture(result.attacked)
-        embedded = result.settings["backbone"] == EMBEDDED_BACKBONE
-        unknown = known.unknown_names(result.classes) if embedded else []
-        numbers = {
-            "verdict": result.verdict(),
-            "finished": result.finished,
-            "unknown_classes": unknown,
-            **result.to_dict(),
-        }
-        take_away = ""
-        if result.finished:
-            link = links.to_link(request.values, to_picture(result.clean))
-            take_away = render.downloads(result, numbers, link)
+        link = links.to_link(request.values, to_picture(result.clean))
+        seconds = result.seconds["total"]
         return (
-            render.verdict(result, unknown),
-            render.table(result) + render.facts(result),
-            both if pictures else gr.skip(),
-            render.perturbation(result),
-            details.what_happened(result),
-            take_away,
-            numbers,
+            render.note(f"{result.verdict()} Done in {seconds:.1f} s."),
+            render.results(result),
+            gr.update(value=both, visible=both is not None),
+            render.pictures(result),
+            render.take_away(result, link, request.fields.settings or {}),
+            gr.update(visible=False),
         )
 
-    def start(self, link: str) -> tuple:
-        """The inputs as the page opens, in the order of `inputs.FIELDS`: an example, or what a
-        link restores; then the line about the model."""
+    def sweep(self, raw: Raw, progress: gr.Progress = gr.Progress()) -> Iterator[tuple]:  # noqa: B008
+        """Yields (notes, points of the chart, rows of the table, Stop)."""
+        with inputs.in_words():
+            request = self.runs.request(self.values(raw))
+            if request.attack is None:
+                raise InputError("Choose an attack first: a sweep shows what more of it does.")
+            before, result = -1, None
+            yield "", None, None, gr.update(visible=True)
+            for at, result in self.runs.sweep(request):
+                _show(progress, at)
+                count = -1 if result is None else sum(map(len, result.probabilities.values()))
+                yield self._swept(result) if result and count != before else (gr.skip(),) * 4
+                before = count
+            assert result is not None
+            yield *self._swept(result)[:3], gr.update(visible=False)
+
+    def _swept(self, result: Sweep) -> tuple:
+        points = pd.DataFrame(render.sweep_points(result))
+        if points.empty:
+            return (gr.skip(),) * 4
+        order = list(points.defence.unique())
+        rows = points.pivot_table(index="epsilon", columns="defence", values="probability")[order]
+        title = f"p({result.label})"
+        chart = gr.LinePlot(points, y_title=title, x_lim=[0, max(1, result.epsilons[-1])])
+        return render.sweep_notes(result), chart, rows.reset_index(), gr.skip()
+
+    def faults(self, raw: Raw) -> Any:
+        """For each component, in the order of the page, what is wrong with its value."""
+        values = self.values(raw)
+        found: dict[str, str] = {}
+        for name, value in values.items():
+            if name not in ("image", "settings"):
+                _try(found, name, lambda n=name, v=value: read_fields({n: v}))  # type: ignore[misc]
+        for name, value in values["settings"].items():
+            _try(found, name, lambda n=name, v=value: read_fields({"settings": {n: v}}))  # type: ignore[misc]
+        classes = _try(found, "class_names", lambda: parse_classes(values["class_names"] or ""))
+        for name, word in (("true_class", "true class"), ("target", "target")):
+            if classes:
+                text = values[name] or ""
+                _try(found, name, lambda t=text, w=word: inputs.read_class(w, t, tuple(classes)))  # type: ignore[misc]
+        if values["image"] is None:
+            found["image"] = "Choose a picture first: upload one, paste one or pick an example."
+        if not found:
+            _try(found, "class_names", lambda: self._too_long(values, classes or []))
+        return [gr.validate(name not in found, found.get(name, "")) for name in self.fields]
+
+    def _too_long(self, values: Mapping[str, Any], classes: Sequence[str]) -> None:
+        if long := self.service.too_long(classes, values["backbone"]):
+            raise InputError(f"Too long for this model: {', '.join(map(shown, long[:3]))}.")
+
+    def picture(self, payload: Any, former: Any) -> tuple[Any, Any]:
+        """A new picture and itself to be remembered, or the former one and a word."""
         try:
-            if link:
-                values = links.from_link(link)
-                request = inputs.read_request(values, self.uploads)
-                model = self._model(request)
-                values |= {"true_class": request.label or "", "target": request.target or ""}
-                values["defenses"] = [row.name for row in find_defenses(request.fields.defenses)]
-                names = [("", ""), *((name, name) for name in request.classes)]
-                for name in ("true_class", "target"):
-                    values[name] = gr.update(value=values[name], choices=names)
-                rest = (values.get(name) for name in inputs.FIELDS[1 : -len(MODEL_FIELDS)])
-                return request.picture, *rest, *self._model_values(model, values)
-        except TaptError as error:
-            gr.Warning(html.escape(str(error), quote=False))
-        skipped = (gr.skip(),) * (len(inputs.FIELDS) - 1 - len(MODEL_FIELDS))
+            data = None if payload is None else inputs.PictureData.model_validate(payload)
+            read_picture(data, self.runs.uploads)
+        except (InputError, gr.Error) as error:
+            gr.Warning(str(getattr(error, "message", error)))
+            return (former and former["path"]), former
+        return gr.skip(), payload
+
+    def classes(self, text: str, true_class: str, target: str, backbone: str) -> tuple:
+        """What was understood of the class names: chips, the fold's label, choices of classes."""
+        every = class_names((text or "")[: inputs.MAX_TEXT])
+        names = distinct(every)
+        unknown = known.unknown_names(names, backbone)
+        too_long = self.service.too_long(names[:MAX_CLASSES], backbone)
+        found: dict[str, str] = {}
+        _try(found, "fault", lambda: parse_classes(names))
+        chips = render.chips(
+            names, len(every) - len(names), unknown, too_long, found.get("fault", "")
+        )
+        strange = f", {len(unknown)} never seen" if unknown else ""
+        label = f"It may answer one of {len(names):,} names{strange} ✎"
         return (
-            open_image(known.EXAMPLES[0].path),
-            *skipped,
-            *self._model_values(self.service.model(), {}),
+            chips,
+            gr.update(label=label),
+            *(
+                gr.update(choices=[("not known" if i == 0 else "any other", ""), *names[:CHOICES]])
+                for i, _ in enumerate((true_class, target))
+            ),
         )
 
-    def choose(self, backbone: str, pack: str = "") -> Iterator[tuple]:
-        """The fields of the defence for a backbone and a pack, with the pack's own settings, and
-        the line about the model."""
+    def preset(self, name: str, backbone: str) -> str | dict:
+        """The class names of a data set, without those that the model cannot read."""
+        text = known.presets(backbone).get(name)
+        if text is None:
+            return gr.skip()
+        names = class_names(text)
+        if too_long := self.service.too_long(names, backbone):
+            listed = html.escape(", ".join(too_long[:5]))
+            gr.Info(f"Left out, too long for this model: {listed}.")
+        return names_text(name for name in names if name not in too_long)
+
+    def plan(self, raw: Raw) -> tuple:
+        """The line on the attack with its time, what it is, and which of its fields apply."""
+        values = self.values(raw)
+        method, attacked = METHODS.get(values["attack"]), values["attacked_model"]
+        seconds = None
         try:
-            asked = inputs.read_fields({"backbone": backbone, "pack": pack})
-            at = Progress("Loading the model", 0, 0)
-            for step in with_heartbeat(self._load(asked.backbone, asked.pack)):
-                at = step[0] if step else at
-                bar = render.status(at.phase, at.done, at.total)
-                yield *(gr.skip(),) * len(MODEL_FIELDS), bar
-            yield self._model_values(self.service.model(asked.backbone, asked.pack), {})
-        except TaptError as error:
-            text = f'<p class="t-warning">{html.escape(str(error))}</p>'
-            yield *(gr.skip(),) * len(MODEL_FIELDS), text  # in the place of the progress
-            raise inputs.refusal(error) from error
+            seconds = self.service.estimate(self.runs.request(values))
+        except (TaptError, gr.Error):
+            pass  # the button says what is wrong
+        epsilon = values["epsilon"]
+        line = render.plan(values["attack"], epsilon, attacked, seconds)
+        linf = method is not None and method.norm == "Linf"
+        fields = (linf, method is not None, method and method.step_size, method and method.targeted)
+        return (
+            gr.update(label=line),
+            render.attack_note(method, attacked),
+            *(gr.update(visible=bool(on)) for on in fields),
+        )
+
+    def ticks(self, names: Sequence[str], backbone: str, attacked: str) -> tuple:
+        """Costs of the defences, the settings of those that answer, and what may be attacked."""
+        choices = []
+        for row in all_defenses():
+            seconds = self.service.seconds(backbone, row.name)
+            cost = "" if seconds is None else f" · {render.duration(seconds)}"
+            choices.append((row.title + cost, row.name))
+        return (
+            gr.update(choices=choices),
+            gr.update(choices=attackable(names, attacked)),
+            *(gr.update(visible=row.name in names) for row in with_settings()),
+        )
+
+    def choose(
+        self,
+        backbone: str,
+        pack: str,
+        former: tuple[str, str],
+        progress: gr.Progress = gr.Progress(),  # noqa: B008
+    ) -> Iterator[tuple]:
+        """Backbone, pack, what is loaded, both to be remembered, evidence; then own settings as
+        placeholders. What cannot be had leaves the former ones, with one message."""
+        try:
+            if backbone != former[0]:
+                pack = ""
+            for at in with_heartbeat(self.runs.load(backbone, pack)):
+                _show(progress, at and at[0])
+                yield (gr.skip(),) * self.chosen_count
+            model = self.service.model(backbone, pack)
+        except (TaptError, gr.Error) as error:
+            gr.Warning(html.escape(str(getattr(error, "message", error)), quote=False))
+            model = self.service.model(*former)
+        yield self.chosen(model)
+
+    @property
+    def chosen_count(self) -> int:
+        return 6 + sum("." in name for name in self.fields)
+
+    def chosen(self, model: Model) -> tuple:
+        """The values of `choose` for a loaded model."""
+        backbone, pack = model.backbone.name, model.pack.name
+        packs = list(dict.fromkeys([*self.service.packs(backbone), pack]))
+        rows = model.pack.evaluation
+        return (
+            backbone,
+            gr.update(choices=packs, value=pack),
+            render.header(model),
+            (backbone, pack),
+            render.evidence(rows)[1],
+            conditions(rows),
+            *placeholders(model, self.fields),
+        )
 
     def packs(self, backbone: str, pack: str) -> dict:
         """The choices of the pack, those of the Hub among them, and a word where it is silent."""
-        backbone = backbone or self.service.first.backbone.name
-        names, info = self.service.packs(backbone), render.PACK_INFO
+        names, info = self.service.packs(backbone), "From the list, or owner/repo of the Hub."
         try:
             names += self.service.hub_packs(backbone)
         except TaptError as error:
             info = f"{error} Only the packs at hand are listed."
         return gr.update(choices=list(dict.fromkeys([*names, pack])), info=info)
 
-    def _model_values(self, model: Model, changed: Mapping[str, object]) -> tuple:
-        own = _own_settings(model)
-        values = {name: own[setting] for name, setting in inputs.TEST_TIME.items()}
-        values |= {k: v for k, v in changed.items() if k in values and v is not None}
-        backbone, pack = model.backbone.name, model.pack.name
-        names = list(dict.fromkeys([*self.service.packs(backbone), pack]))
-        packs = gr.update(choices=names, value=pack)
-        return backbone, packs, *values.values(), render.model_line(model)
+    def evidence(self, chosen: str, former: tuple[str, str]) -> Any:
+        """The chart of one condition of the pack's recorded rows."""
+        model = self.service.at_hand(*former)
+        return render.chart(model.pack.evaluation, chosen) if model and chosen else None
 
-    def preview(self, picture: Image.Image | None, backbone: str) -> str:
-        """What the model gets of a picture."""
-        if picture is None:
-            return ""
+    def restore(self, event: gr.EventData) -> list:
+        """Every field as a link says, in the order of the page; what it lacks stays."""
         try:
-            model = self.service.model(backbone)
-        except TaptError as error:
-            raise inputs.refusal(error) from error
-        return render.preview(to_picture(model.backbone.preprocess(picture)))
-
-    def preset(self, name: str, backbone: str) -> str | dict:
-        """The class names of a data set, without those that the embedded model cannot read."""
-        text = known.presets().get(name)
-        if text is None:
-            return gr.skip()
-        names = class_names(text)
-        too_long = self.service.too_long(names) if backbone == EMBEDDED_BACKBONE else []
-        if too_long:
-            gr.Info(f"Left out, too long for this model: {render.listed(too_long)}.")
-            text = "\n".join(each for each in names if each not in too_long)
-        return text
-
-    def classes(self, text: str, true_class: str, target: str, backbone: str) -> tuple:
-        """What is to say about the class names, and the choices of the true class and target."""
-        every = class_names((text or "")[: inputs.MAX_TEXT])
-        first: dict[str, str] = {}
-        for name in every:
-            first.setdefault(name.casefold(), name)
-        names = list(first.values())
-        choices = names[:MAX_CLASSES]
-        unknown, too_long = None, []
-        if backbone == EMBEDDED_BACKBONE:
-            unknown, too_long = known.unknown_names(names), self.service.too_long(choices)
-        note = render.classes_note(len(names), len(every) - len(names), unknown, too_long)
-        return note, *(
-            gr.update(choices=[(empty, ""), *choices], value=value if value in choices else "")
-            for empty, value in ((render.NO_LABEL, true_class), (render.NO_TARGET, target))
-        )
-
-    def attack(self, name: str, attacked: str) -> tuple:
-        """The lines that explain an attack and the attacked model, and which fields apply to it:
-        epsilon, attacked model, step size, target."""
-        method = METHODS.get(name)
-        shown = (
-            method is not None and method.norm == "Linf",
-            method is not None,
-            method is not None and method.step_size,
-            method is not None and method.targeted,
-        )
-        return render.attack_note(method, attacked), *(gr.update(visible=on) for on in shown)
-
-    def estimate(self, *values: object) -> str:
-        """How long an attack on the deployed defence will take; nothing for the other attacks."""
-        try:
-            raw = dict(zip(inputs.FIELDS, values, strict=True))
-            request = inputs.read_request(raw, self.uploads)
-            if request.attack is None or request.fields.attacked_model != "deployed":
-                return ""
-            self._model(request)  # loaded here, not in a fork
-            return render.estimate(*self._gpu_estimate(request))
-        except (TaptError, gr.Error):
-            return ""  # Run says what is wrong
-
-    def _estimate(self, request: inputs.Request) -> Generator[float, None, None]:
-        model = self._model(request)
-        clip, changes = model.prepare(request.classes), _changes(model, request)
-        prepared = model.prepare_defenses(clip, [VICTIM], changes)[VICTIM]
-        yield attack_seconds(prepared, request.attack, draws=_draws(request))
+            values = links.from_link(event.link)  # type: ignore[attr-defined]
+            request = read_request(values, self.runs.uploads)
+            asked = request.fields
+            if self.service.at_hand(asked.backbone, asked.pack) is None:
+                raise InputError(
+                    f"This link asks for model {asked.backbone} with {asked.pack}: choose them "
+                    "under Settings first, then open it again."
+                )
+        except (TaptError, gr.Error) as error:
+            gr.Warning(html.escape(str(getattr(error, "message", error)), quote=False))
+            return [gr.skip()] * len(self.fields)
+        plain = {name: values[name] for name in FIELDS if name in values} | {
+            "image": request.picture,
+            "defenses": [row.name for row in find_defenses(asked.defenses)],
+            "true_class": request.label or "",
+            "target": request.target or "",
+        }
+        changes = asked.settings or {}
+        filled = {n: changes.get(n, changes.get(n.rpartition(".")[2])) for n in self.fields}
+        return [filled[name] if "." in name else plain.get(name, gr.skip()) for name in self.fields]
 
 
-def _own_settings(model: Model) -> dict[str, Any]:
-    """The pack's test-time settings by name; where two defences have one, the later one's."""
-    own: dict[str, Any] = {}
-    for defense in find_defenses():
-        own |= model.settings(defense).model_dump()
-    return own
+def conditions(rows: Sequence[Mapping[str, Any]]) -> Any:
+    """The choices of the chart; that of most pictures first."""
+    ordered = sorted(rows, key=lambda row: -row["n"])
+    choices = list(dict.fromkeys(map(render.condition, ordered)))
+    return gr.update(choices=choices, value=choices[0] if choices else None)
 
 
-def _changes(model: Model, request: inputs.Request) -> dict[str, float]:
-    """The test-time settings that the request changes."""
-    own = _own_settings(model)
-    return {name: value for name, value in request.changes.items() if value != own[name]}
+def attackable(names: Sequence[str], attacked: str = "clip") -> list[tuple[str, str]]:
+    """What the attack may see: both fixed models, and every shown defence as it is deployed."""
+    fixed = [("Vanilla CLIP", "clip"), ("Static prompts", "static")]
+    rows = [row for row in all_defenses() if row.name not in ("clip", "static")]
+    return fixed + [
+        (f"{row.title}, deployed", f"deployed:{row.name}")
+        for row in rows
+        if row.name in names or attacked == f"deployed:{row.name}"
+    ]
 
 
-def _draws(request: inputs.Request) -> int:
-    """A query is one draw; a gradient is an average."""
-    return DRAWS if request.attack is None or request.attack.method.gradients else 1
+def with_settings() -> list[Any]:
+    """The defences that have settings."""
+    return [row for row in all_defenses() if row.settings.model_fields]
 
 
-def _snapshot(value: Any) -> Any:
-    """A copy to read while the run goes on in its own thread, with its tensors on the CPU."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {key: _snapshot(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return list(value)
-    if is_dataclass(value):
-        return replace(value, **{f.name: _snapshot(getattr(value, f.name)) for f in fields(value)})
-    return value
+def placeholders(model: Model, fields: Mapping[str, Any]) -> list[Any]:
+    """The pack's own settings, as they look in fields that are left empty."""
+    own = {
+        f"{row.name}.{key}": value
+        for row in with_settings()
+        for key, value in model.settings(row).model_dump().items()
+    }
+    return [
+        gr.update(placeholder=f"{own[name]:g}" if isinstance(own[name], float) else str(own[name]))
+        if isinstance(component, gr.Number)
+        else gr.update(info=f"Own: {own[name]}")
+        for name, component in fields.items()
+        if "." in name
+    ]
 
 
-def _answered(result: Comparison) -> tuple[bool, list[bool]]:
-    """What is there, to be compared."""
-    answers = [answer for row in result.answers.values() for answer in (row.clean, row.attacked)]
-    return result.attacked is not None, [answer is not None for answer in answers]
+def _both(row: Any) -> tuple:
+    return row.clean, row.attacked
+
+
+def _try(found: dict[str, str], name: str, check: Any) -> Any:
+    """The value of `check`; what it refuses is noted under the field's name."""
+    try:
+        return check()
+    except InputError as error:
+        found.setdefault(name, str(error))
+        return None
+
+
+def _show(progress: gr.Progress, at: Any) -> None:
+    if at is not None:
+        phase = PHASES.get(at.phase, at.phase)
+        total = max(1, at.total)
+        progress((at.done, total), desc=phase, unit="bytes" if at.phase == "download" else "steps")

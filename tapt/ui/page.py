@@ -3,69 +3,55 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import typing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from pydantic.fields import FieldInfo
 
 from tapt.core.attacks import METHODS
-from tapt.core.settings import limits
-from tapt.data.pictures import open_image
-from tapt.defenses import all_defenses, find_defenses
-from tapt.model import ATTACKED_MODELS
+from tapt.core.settings import limits, plain_type
+from tapt.defenses import Defense, all_defenses, find_defenses
 from tapt.ui import known, render
-from tapt.ui.handlers import MODEL_FIELDS, Handlers
-from tapt.ui.inputs import (
-    FIELDS,
-    MAX_BYTES,
-    SWEEP_FIELDS,
-    TEST_TIME,
-    Fields,
-    PictureInput,
-    number,
-    refusal,
-)
+from tapt.ui.api import add_api
+from tapt.ui.background import QUEUE, Runs
+from tapt.ui.handlers import Handlers, attackable, conditions, placeholders, with_settings
+from tapt.ui.inputs import MAX_BYTES, Fields, PictureInput, refusal
 from tapt.ui.service import Service
 
 FOLDER = Path(__file__).parent
-MAX_WAITING = 32
-MAX_SESSIONS = 50  # of which gradio keeps the last results; each call of the API is one
-DEFAULT_ATTACK = "pgd"
-QUIET = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+MAX_WAITING, MAX_SESSIONS = 32, 50  # of a session gradio keeps the last results
+SHOWN = ("clip", "static", "ensemble", "tapt", "tapt-ensemble", "rtpt", "ttc")
+PRIVATE: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+QUIET: dict[str, Any] = {**PRIVATE, "queue": False}
+RUN: dict[str, Any] = {**QUEUE, "preprocess": False, "api_visibility": "private"}
+BARE: dict[str, Any] = {"apply_default_css": False}
+FIRST = {"attack": "pgd", "epsilon": 4, "attacked_model": "clip"}
 UNFIT = (
     "This request does not fit: send every parameter in the order of /gradio_api/info, and "
     "pictures as uploaded files or data: URLs."
 )
-MOST = Fields.model_fields["epsilon"]
-API_INPUTS = f"""
-image: the picture. class_names: one per line or separated by commas, two at least.
-attack: {", ".join(("none", *METHODS))}. epsilon: L-inf radius in 1/255, a whole number from 0 (no
-attack) to {limits(MOST)[1]}. attacked_model: what the attack sees, {", ".join(ATTACKED_MODELS)}
-(the deployed TAPT). true_class: one of the class names, or empty where it is not known. steps: of
-the attack, 0 for its own number. step_size: in 1/255, 0 for automatic. target: a class name to move
-towards, or empty. seed: of views and attack. defenses: a list of
-{", ".join(row.name for row in all_defenses())}, or null for those ticked at first.
-backbone, pack: names that the page offers.
-views, keep, tune_steps, lr, alpha: test-time settings, the pack's own where they are left out."""
-COMPARE_API = f"""Compares vanilla CLIP and its defences on one picture, attacked or not.
-{API_INPUTS}
-The last of the returned values is a JSON object with all numbers; the others are what the page
-shows: HTML, and the original and the attacked 8-bit image as PNG files."""
-ANALYZE_API = f"""Vanilla CLIP and its defences on one picture, attacked or not: every
-probability as one JSON object.
-{API_INPUTS}"""
-SWEEP_API = f"""Attacks one picture with growing epsilon and returns every defence's probability
-of the true class, as a JSON object in the last value; the others are what the page shows.
-max_epsilon, epsilon_step: in 1/255; the sweep begins at 0.
-{API_INPUTS}"""
-# raw values: the handlers check each one and say what is wrong with it
-MODEL_QUEUE = {"preprocess": False, "concurrency_limit": 1, "concurrency_id": "model"}
 # gradio's dropdown would open its list again when Tab leaves it
 TAB_LEAVES = """() => document.addEventListener("keydown", event => {
   if (event.key === "Tab" && event.target.role === "combobox") event.stopPropagation();
 }, true)"""
+# gradio tells no handler which values a shown result belongs to
+RAN = "(...v) => { window.taptRan = JSON.stringify(v); return '' }"
+STALE = f"""(...v) => window.taptRan && window.taptRan !== JSON.stringify(v)
+  ? {json.dumps(render.note("These results are from earlier inputs. Run again.", warn=True))} : ''"""
+# after Stop or a fault, rows without an answer will not get one
+ENDED = f"""(text, rows) => [text.replace(/Running…|So far/, '{render.STOPPED}'),
+  rows.replaceAll('>{render.WAITING}<', '>{render.NOT_RUN}<')]"""
+TO_RUN = "() => document.querySelector('#run').focus()"
+ATTACK_THIS = """element.addEventListener('click', event => {
+  const button = event.target.closest('[data-attack]');
+  if (button) trigger('click', {attacked: button.dataset.attack});
+})"""
+LINK = """const follow = () => { if (location.hash.startsWith('#x='))
+  trigger('click', {link: location.hash.slice(3)}) };
+window.addEventListener('hashchange', follow); setTimeout(follow, 500);"""
 THEME = gr.themes.Default(
     primary_hue="indigo",
     neutral_hue="slate",
@@ -104,7 +90,7 @@ class Page(gr.Blocks):
             raise refusal(UNFIT) from error
 
 
-def launch_options() -> dict:
+def launch_options() -> dict[str, Any]:
     """Options of `launch()` that belong to the page and not to the address it is served on."""
     return {
         "theme": THEME,
@@ -122,350 +108,421 @@ def launch_options() -> dict:
 
 def build_page(service: Service) -> gr.Blocks:
     """The whole page for a service, with its queue."""
+    first, rows = service.first, find_defenses(list(SHOWN))
+    fields: dict[str, Any] = {}
+    shown: dict[str, Any] = {"chosen": None}
     # uploads live a day: a short age would delete a queued picture before its turn
     with Page(title="TAPT", delete_cache=(3600, 86400), analytics_enabled=False) as page:
-        gr.HTML(render.header(), apply_default_css=False)
-        model_line = gr.HTML(apply_default_css=False, elem_id="model-line")
-        fields: dict[str, gr.components.Component] = {}
-        with gr.Row(elem_id="columns"):
-            with gr.Column(scale=2, min_width=300, elem_id="inputs"):
-                preview = _picture_inputs(fields)
-                examples = gr.Column(elem_id="examples")
-                preset, note = _class_inputs(fields)
-                attack_notes = _attack_inputs(fields)
-                reset = _defense_inputs(fields, service)
-            with gr.Column(scale=3, min_width=300), gr.Tabs():
-                with gr.Tab("Compare", elem_id="results"):
-                    buttons = _buttons("run", "Run")
-                    outputs = _outputs()
-                with gr.Tab("Sweep", elem_id="sweep"):
-                    _sweep_inputs(fields)
-                    sweep_buttons = _buttons("run-sweep", "Run the sweep")
-                    sweep_outputs = _sweep_outputs()
-        handlers = Handlers(service, fields["image"].GRADIO_CACHE)
-        inputs = [fields[name] for name in FIELDS]
-        sweep_inputs = [fields[name] for name in SWEEP_FIELDS]
-        _wire_run(handlers.compare, buttons, inputs, outputs, COMPARE_API)
-        _wire_run(handlers.sweep, sweep_buttons, sweep_inputs, sweep_outputs, SWEEP_API)
-        _wire_analyze(handlers, inputs)
-        _wire_picture(handlers, fields, preview)
-        _wire_classes(handlers, fields, preset, note)
-        _wire_attack(handlers, fields, *attack_notes)
-        _wire_model(handlers, fields, reset, model_line)
-        with examples:
-            _examples([fields[name] for name in ("image", "class_names", "attack", "true_class")])
-        note.value = handlers.classes(known.TEN_KINDS, "", "", service.first.backbone.name)[0]
-        # not the components' values, which would become the API's defaults
-        link = gr.Textbox(visible=False)
-        page.load(
-            handlers.start,
-            link,
-            [*inputs, model_line],
-            js="() => location.hash.slice(1)",
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        shown["head"] = gr.HTML(render.header(first), elem_id="head", **BARE)
+        shown["former"] = gr.State((first.backbone.name, first.pack.name))
+        with gr.Tabs():
+            with gr.Tab("Attack", elem_id="attack-tab"), gr.Row(elem_id="columns"):
+                with gr.Column(scale=3, min_width=280, elem_id="left"):
+                    _picture(fields, shown, first.backbone.name)
+                    _settings(fields, shown, service)
+                with gr.Column(scale=8, min_width=300, elem_id="right"):
+                    _attack(fields, shown, first.backbone.name)
+                    shown["stale"] = gr.HTML(elem_id="stale", **BARE)
+                    shown["sentence"] = gr.HTML(
+                        render.note(
+                            "Press the button: the attack looks for a change of the "
+                            "picture, too small to matter, that makes CLIP wrong."
+                        ),
+                        html_template='<div role="status" aria-live="polite">${value}</div>',
+                        elem_id="sentence",
+                        **BARE,
+                    )
+                    shown["rows"] = gr.HTML(
+                        render.intro(rows), elem_id="rows", js_on_load=ATTACK_THIS, **BARE
+                    )
+                    _more(fields, shown)
+            with gr.Tab("Evidence", elem_id="evidence"):
+                _evidence(shown, first.pack.evaluation)
+        runs = Runs(service, fields["image"].GRADIO_CACHE)
+        handlers = Handlers(service, runs, fields)
+        for component, update in zip(
+            (c for name, c in fields.items() if "." in name),
+            placeholders(first, fields),
+            strict=True,
+        ):
+            component.placeholder = update.get("placeholder", None)
+            component.info = update.get("info", component.info)
+        _wire_runs(handlers, fields, shown)
+        _wire_inputs(handlers, fields, shown)
+        _wire_model(handlers, fields, shown, page)
+        add_api(runs)
     return page.queue(max_size=MAX_WAITING)
 
 
-def _buttons(elem_id: str, name: str) -> tuple[gr.Button, gr.Button]:
-    with gr.Row():
-        run = gr.Button(name, variant="primary", elem_id=elem_id, elem_classes="t-run", scale=2)
-        stop = gr.Button("Stop", elem_classes="t-stop", scale=1, min_width=80)
-    return run, stop
-
-
-def _sweep_inputs(fields: dict) -> None:
-    gr.HTML(
-        '<p class="t-small">Attacks the picture once for every epsilon, with the class names, the '
-        "attack and the defence that are set on this page.</p>",
-        apply_default_css=False,
+def _picture(fields: dict, shown: dict, backbone: str) -> None:
+    first = known.EXAMPLES[0]
+    fields["image"] = PictureInput(
+        str(first.path),
+        label="Picture",
+        sources=["upload", "clipboard", "webcam"],
+        webcam_options=gr.WebcamOptions(mirror=False),
+        format="png",
+        height=210,
+        buttons=[],
+        alt_text="The picture to attack",
+        elem_id="in-image",
     )
-    with gr.Row():
-        fields["max_epsilon"] = number("max_epsilon")
-        fields["epsilon_step"] = number("epsilon_step")
-
-
-def _sweep_outputs() -> list[gr.components.Component]:
-    """The values of `Handlers.sweep`."""
-    bare = {"apply_default_css": False}
-    status = gr.HTML(label="Status", elem_id="sweep-status", **bare)
-    with gr.Row():
-        with gr.Column(min_width=320):
-            curves = gr.HTML(label="Curves", elem_id="curves", **bare)
-        with gr.Column(min_width=320):
-            published = gr.HTML(label="Published accuracy", elem_id="published", **bare)
-    with gr.Accordion("The sweep as JSON", open=False, elem_id="sweep-json"):
-        numbers = gr.JSON(label="Result", show_label=False, buttons=["copy"])
-    return [status, curves, published, numbers]
-
-
-def _picture_inputs(fields: dict) -> gr.HTML:
-    with gr.Row(elem_id="picture-row"):
-        fields["image"] = PictureInput(
-            label="Picture",
-            sources=["upload", "clipboard", "webcam"],
-            webcam_options=gr.WebcamOptions(mirror=False),
-            format="png",
-            height=220,
-            buttons=[],
-            alt_text="The picture to classify",
-            elem_id="in-image",
-            min_width=180,
-            scale=3,
-        )
-        with gr.Column(min_width=120, scale=2):
-            return gr.HTML(label="What the model sees", apply_default_css=False, elem_id="preview")
-
-
-def _class_inputs(fields: dict) -> tuple[gr.Dropdown, gr.HTML]:
-    preset = gr.Dropdown(
-        list(known.presets()),
-        value=None,
-        label="Class names from a data set",
-        elem_id="preset",
-    )
-    fields["class_names"] = gr.Textbox(
-        known.TEN_KINDS,
-        label="Class names",
-        info="What CLIP may answer: one per line, or separated by commas.",
-        lines=3,
-        max_lines=8,
-        elem_id="classes",
-    )
-    note = gr.HTML(apply_default_css=False, elem_id="classes-note")
+    shown["picture"] = gr.State(None)
+    with gr.Row(elem_id="examples"):
+        shown["examples"] = [
+            (example, gr.Button(example.name, icon=example.path, size="sm", min_width=40))
+            for example in known.EXAMPLES
+        ]
+    names = known.first_names(backbone)
     fields["true_class"] = gr.Dropdown(
-        [(render.NO_LABEL, ""), *known.KINDS],
-        value="",
-        label="True class",
-        info="What counts as right. Not known: the attack leaves CLIP's own answer.",
-        allow_custom_value=True,  # the choices follow the class names
+        [("not known", "")],
+        value=first.true_class,
+        label="What is it?",
+        info="What counts as right. Empty: answers are only kept or changed.",
+        allow_custom_value=True,
         elem_id="true-class",
     )
-    return preset, note
+    with gr.Accordion("It may answer …", open=False, elem_id="names") as shown["names"]:
+        shown["preset"] = gr.Dropdown(
+            list(known.presets(backbone)), value=None, label="A list of names", elem_id="preset"
+        )
+        fields["class_names"] = gr.Textbox(
+            first.classes or names,
+            label="Class names",
+            info="One per line, or by commas; quotes keep commas.",
+            lines=2,
+            max_lines=6,
+            elem_id="classes",
+        )
+    shown["chips"] = gr.HTML(elem_id="chips", **BARE)
 
 
-def _attack_inputs(fields: dict) -> tuple[gr.HTML, gr.HTML]:
-    with gr.Group():
-        fields["attack"] = gr.Dropdown(
-            [("none", "none"), *((row.title, name) for name, row in METHODS.items())],
-            value=DEFAULT_ATTACK,
-            label="Attack",
-            elem_id="attack",
+def _settings(fields: dict, shown: dict, service: Service) -> None:
+    with gr.Accordion("Who answers, model, settings", open=False, elem_id="settings"):
+        fields["defenses"] = gr.CheckboxGroup(
+            [(row.title, row.name) for row in all_defenses()],
+            value=list(SHOWN),
+            label="Who answers",
+            info="With the seconds of one answer; each gives two.",
+            elem_id="defenses",
         )
-        fields["epsilon"] = number("epsilon", gr.Slider, elem_id="epsilon")
-        fields["attacked_model"] = gr.Radio(
-            [(render.attacked_name(name), name) for name in ATTACKED_MODELS],
-            value=ATTACKED_MODELS[0],
-            label="The attack sees",
-            elem_id="attacked-model",
-        )
-        note = gr.HTML(
-            render.attack_note(METHODS[DEFAULT_ATTACK], ATTACKED_MODELS[0]),
-            apply_default_css=False,
-            elem_id="attack-note",
-        )
-        estimate = gr.HTML(apply_default_css=False, elem_id="estimate")
-    with gr.Accordion("More about the attack", open=False, elem_id="more-attack"):
-        with gr.Row():
-            fields["steps"] = number("steps")
-            fields["step_size"] = number("step_size")
-        fields["target"] = gr.Dropdown(
-            [(render.NO_TARGET, ""), *known.KINDS],
-            value="",
-            label="Target",
-            info="A class that the attack moves towards.",
-            allow_custom_value=True,
-            elem_id="target",
-        )
-        fields["seed"] = number("seed")
-    return note, estimate
-
-
-def _defense_inputs(fields: dict, service: Service) -> gr.Button:
-    with gr.Accordion("Defence", open=False, elem_id="defense"):
         fields["backbone"] = gr.Dropdown(
             list(service.backbones),
             value=service.first.backbone.name,
-            label="Backbone",
-            allow_custom_value=not service.on_space,
+            label="Model",
+            info="The CLIP that all of them use.",
+            allow_custom_value=service.open_backbones,
             elem_id="backbone",
         )
         fields["pack"] = gr.Dropdown(
             service.packs(service.first.backbone.name),
-            value=None,
+            value=service.first.pack.name,
             label="Prompts",
-            info=render.PACK_INFO,
-            allow_custom_value=True,
+            info="Trained once for a model; from the list, or owner/repo of the Hub.",
+            allow_custom_value=service.open_packs,
             elem_id="pack",
         )
-        fields["defenses"] = gr.CheckboxGroup(
-            [(row.title, row.name) for row in all_defenses()],
-            value=[row.name for row in find_defenses()],
-            label=Fields.model_fields["defenses"].title,
-            info="Who answers; each one ticked costs its time on both pictures.",
-            elem_id="defenses",
+        fields["seed"] = _number("seed", Fields.model_fields["seed"])
+        shown["folds"] = []
+        for row in with_settings():
+            with gr.Accordion(f"{row.title}: settings", open=False, visible=row.name in SHOWN) as f:
+                _defense(fields, row)
+            shown["folds"].append(f)
+
+
+def _defense(fields: dict, row: Defense) -> None:
+    """The settings of one defence, as its class declares them; left empty they are the pack's."""
+    with gr.Row():
+        for name, field in row.settings.model_fields.items():
+            kind = plain_type(field)
+            key, label = f"{row.name}.{name}", name.replace("_", " ")
+            if kind in (int, float):
+                fields[key] = _number(name, field, value=None, label=label)
+            elif kind is bool or typing.get_origin(kind) is typing.Literal:
+                values = [True, False] if kind is bool else typing.get_args(kind)
+                choices = [("the pack's own", ""), *((str(v).lower(), v) for v in values)]
+                fields[key] = gr.Dropdown(choices, value="", label=label, min_width=120)
+
+
+def _number(name: str, field: FieldInfo, **options: Any) -> gr.Number:
+    """The input of a number, as its class declares it."""
+    low, high = limits(field)
+    text = field.description or ""
+    return gr.Number(
+        **{
+            "value": field.default,
+            "label": field.title or name,
+            "info": text[:1].upper() + text[1:],
+            "minimum": low,
+            "maximum": high,
+            "step": 1 if plain_type(field) is int else 0.0001,
+            "min_width": 120,
+            **options,
+        }
+    )
+
+
+def _attack(fields: dict, shown: dict, backbone: str) -> None:
+    known_fields = Fields.model_fields
+    with gr.Row(elem_id="go"):
+        shown["run"] = gr.Button(
+            "Attack this picture", variant="primary", elem_id="run", scale=3, min_width=180
         )
+        shown["stop"] = gr.Button("Stop", elem_id="stop", visible=False, min_width=80)
+    line = render.plan(*FIRST.values(), None)
+    with gr.Accordion(line, open=False, elem_id="plan") as shown["plan"]:
         with gr.Row():
-            for name in TEST_TIME:
-                fields[name] = number(name)
-        return gr.Button("Back to the pack's own settings", size="sm", elem_id="reset")
+            fields["attack"] = gr.Dropdown(
+                [("none", "none"), *((row.title, name) for name, row in METHODS.items())],
+                value=FIRST["attack"],
+                label="Attack",
+                elem_id="attack",
+                min_width=120,
+            )
+            fields["attacked_model"] = gr.Dropdown(
+                attackable(SHOWN),
+                value=FIRST["attacked_model"],
+                label="The attack sees",
+                elem_id="attacked-model",
+                min_width=160,
+            )
+            field = known_fields["epsilon"]
+            fields["epsilon"] = gr.Slider(
+                *limits(field),
+                value=FIRST["epsilon"],
+                step=1,
+                label=field.title,
+                info=field.description,
+                elem_id="epsilon",
+                min_width=160,
+            )
+        shown["attack-note"] = gr.HTML(elem_id="attack-note", **BARE)
+        with gr.Row():
+            for name in ("steps", "step_size"):
+                fields[name] = _number(name, known_fields[name])
+            fields["target"] = gr.Dropdown(
+                [("any other", "")],
+                value="",
+                label="Target",
+                info="A class that the attack moves towards.",
+                allow_custom_value=True,
+                elem_id="target",
+                min_width=120,
+            )
 
 
-def _outputs() -> list[gr.components.Component]:
-    """The values of `Handlers.compare`; empty ones are hidden by the stylesheet."""
-    bare = {"apply_default_css": False}
-    status = gr.HTML(label="Status", elem_id="status", **bare)
-    verdict = gr.HTML(
-        label="Verdict",
-        html_template='<div role="status" aria-live="polite">${value}</div>',
-        elem_id="verdict",
-        **bare,
+def _more(fields: dict, shown: dict) -> None:
+    with gr.Tabs(elem_id="more"):
+        with gr.Tab("Take away"):
+            shown["take"] = gr.HTML(
+                '<p class="t-small">After a run: the attacked picture, all numbers, a link and '
+                "the command.</p>",
+                elem_id="take",
+                **BARE,
+            )
+        with gr.Tab("Pictures"):
+            shown["slider"] = gr.ImageSlider(
+                label="Original (left) and attacked (right)",
+                format="png",
+                interactive=False,
+                buttons=[],
+                visible=False,
+                elem_id="slider",
+            )
+            shown["pictures"] = gr.HTML(elem_id="pictures", **BARE)
+        with gr.Tab("Sweep"):
+            gr.HTML(
+                '<p class="t-small">One attack for every epsilon, as set above: how the '
+                "probability of the true class falls.</p>",
+                **BARE,
+            )
+            with gr.Row():
+                for name in ("max_epsilon", "epsilon_step"):
+                    fields[name] = _number(name, Fields.model_fields[name])
+            with gr.Row():
+                shown["run-sweep"] = gr.Button("Sweep epsilon", elem_id="run-sweep", scale=3)
+                shown["stop-sweep"] = gr.Button(
+                    "Stop", elem_id="stop-sweep", visible=False, min_width=80
+                )
+            shown["falls"] = gr.HTML(elem_id="falls", **BARE)
+            shown["curves"] = gr.LinePlot(
+                x="epsilon",
+                y="probability",
+                color="defence",
+                y_lim=[0, 1],
+                x_title="epsilon, 1/255",
+                height=300,
+                buttons=[],
+                elem_id="curves",
+                label="Probability of the true class",
+            )
+            shown["points"] = gr.Dataframe(
+                interactive=False, label="The same as numbers", elem_id="points"
+            )
+        with gr.Tab("Words"):
+            gr.HTML(render.words(), **BARE)
+
+
+def _evidence(shown: dict, rows: Any) -> None:
+    heads, cells = render.evidence(rows)
+    gr.HTML(
+        '<p class="t-small">Accuracy over many pictures, as recorded with the loaded prompts; '
+        f"rows of fewer than {render.THIN} pictures are thin evidence.</p>",
+        **BARE,
     )
-    gr.HTML(render.welcome(), elem_id="welcome", **bare)
-    with gr.Row(elem_id="pictures"):
-        slider = gr.ImageSlider(
-            label="Original (left) and attacked (right)",
-            format="png",
-            interactive=False,
-            buttons=[],
-            elem_id="slider",
-            scale=1,
-            min_width=240,
+    first = conditions(rows)
+    shown["condition"] = gr.Dropdown(
+        first["choices"], value=first["value"], label="Attack of the chart", elem_id="condition"
+    )
+    chart = render.chart(rows, first["value"]) if rows else None
+    shown["chart"] = gr.Plot(chart, label="Clean against attacked accuracy", elem_id="chart")
+    shown["evidence"] = gr.Dataframe(
+        cells,
+        headers=heads,
+        datatype=["number" if head in ("n", "Clean %", "Attacked %") else "str" for head in heads],
+        interactive=False,
+        show_search="filter",
+        label="Recorded rows",
+        elem_id="recorded",
+    )
+
+
+def _wire_runs(handlers: Handlers, fields: dict, shown: dict) -> None:
+    every = list(fields.values())
+    for name, fn, outputs in (
+        ("run", handlers.compare, ("sentence", "rows", "slider", "pictures", "take", "stop")),
+        ("run-sweep", handlers.sweep, ("falls", "curves", "points", "stop-sweep")),
+    ):
+        run, stop = shown[name], shown[name.replace("run", "stop")]
+        targets = [shown[output] for output in outputs]
+        event = run.click(
+            fn,
+            set(every),
+            targets,
+            show_progress="full",
+            show_progress_on=targets[0],
+            trigger_mode="once",
+            validator=handlers.faults,
+            **RUN,
         )
-        with gr.Column(scale=1, min_width=240):
-            perturbation = gr.HTML(label="Perturbation", elem_id="perturbation", **bare)
-    gr.Checkbox(False, label="Show the five most probable answers", elem_id="top5")
-    answers = gr.HTML(label="Answers", elem_id="answers", **bare)
-    with gr.Accordion("What TAPT did", open=False, elem_id="did"):
-        did = gr.HTML(label="What TAPT did", **bare)
-    downloads = gr.HTML(label="Take away", elem_id="downloads", **bare)
-    with gr.Accordion("All numbers as JSON", open=False, elem_id="json"):
-        numbers = gr.JSON(label="Result", show_label=False, buttons=["copy"])
-    return [status, verdict, answers, slider, perturbation, did, downloads, numbers]
+        text = targets[:2] if name == "run" else None
+        hidden = partial(gr.update, visible=False)
+        event.failure(hidden, None, stop, **QUIET)
+        stop.click(hidden, None, stop, cancels=[event], **QUIET)
+        if text:
+            run.click(None, every, shown["stale"], js=RAN, **QUIET)
+            for ended in (event.failure, stop.click):
+                ended(None, text, text, js=ENDED, **QUIET)
+        stop.click(None, js=TO_RUN, **QUIET)
+    changes = [component.change for component in every]
+    gr.on(changes, None, every, shown["stale"], js=STALE, **QUIET)
 
 
-def _wire_picture(handlers: Handlers, fields: dict, preview: gr.HTML) -> None:
-    # queued, since the browser shows no error of a call that is not
-    shown = gr.on(
-        [fields["image"].change, fields["backbone"].change],
-        handlers.preview,
-        [fields["image"], fields["backbone"]],
-        preview,
-        trigger_mode="always_last",
-        concurrency_limit=4,
-        show_progress="hidden",
-        api_visibility="private",
-    )
-    shown.failure(None, None, preview, js="() => ''", **QUIET)
-
-
-def _wire_classes(handlers: Handlers, fields: dict, preset: gr.Dropdown, note: gr.HTML) -> None:
-    classes, true_class, target = (fields[n] for n in ("class_names", "true_class", "target"))
-    preset.select(  # queued, since the browser shows no word of a call that is not
-        handlers.preset,
-        [preset, fields["backbone"]],
-        classes,
-        concurrency_limit=4,
-        show_progress="hidden",
-        api_visibility="private",
-    )
+def _wire_inputs(handlers: Handlers, fields: dict, shown: dict) -> None:
+    image, picture = fields["image"], shown["picture"]
     gr.on(
-        [classes.change, fields["backbone"].change],
+        [image.upload, image.input],
+        handlers.picture,
+        [image, picture],
+        [image, picture],
+        preprocess=False,
+        **QUIET,
+    )
+    names = [fields[name] for name in ("class_names", "true_class", "target", "backbone")]
+    gr.on(
+        [fields["class_names"].change, fields["backbone"].change],
         handlers.classes,
-        [classes, true_class, target, fields["backbone"]],
-        [note, true_class, target],
+        names,
+        [shown["chips"], shown["names"], fields["true_class"], fields["target"]],
         preprocess=False,
         trigger_mode="always_last",
         **QUIET,
     )
-
-
-def _wire_attack(handlers: Handlers, fields: dict, note: gr.HTML, estimate: gr.HTML) -> None:
-    inputs = [fields["attack"], fields["attacked_model"]]
-    shown = [note, *(fields[name] for name in ("epsilon", "attacked_model", "step_size", "target"))]
-    changes = [field.change for field in inputs]
-    gr.on(changes, handlers.attack, inputs, shown, trigger_mode="always_last", **QUIET)
+    shown["preset"].select(
+        handlers.preset, [shown["preset"], fields["backbone"]], fields["class_names"], **PRIVATE
+    )
+    planned = ["attack", "attacked_model", "epsilon", "steps", "defenses", "class_names"]
+    views = [name for name in fields if name.endswith(".views")]
+    plan = [shown["plan"], shown["attack-note"]]
+    plan += [fields[name] for name in ("epsilon", "attacked_model", "step_size", "target")]
+    changes = [fields[name].change for name in (*planned, *views)]
+    ended = [shown["sentence"].change]
     gr.on(
-        [*changes, *(fields[name].change for name in ("steps", "views", "keep", "tune_steps"))],
-        handlers.estimate,
-        [fields[name] for name in FIELDS],
-        estimate,
-        trigger_mode="always_last",
-        show_progress="hidden",
-        api_visibility="private",
-        **MODEL_QUEUE,
-    )
-
-
-def _wire_model(handlers: Handlers, fields: dict, reset: gr.Button, line: gr.HTML) -> None:
-    backbone, pack = fields["backbone"], fields["pack"]
-    common = {
-        "outputs": [*(fields[name] for name in MODEL_FIELDS), line],
-        "show_progress": "minimal",
-        "show_progress_on": [line],
-        "api_visibility": "private",
-        "preprocess": False,
-        "concurrency_limit": 4,  # not the model's queue: a download would stop everybody's runs
-        "concurrency_id": "choice",
-    }
-    backbone.input(handlers.choose, backbone, **common)
-    gr.on([pack.input, reset.click], handlers.choose, [backbone, pack], **common)
-    # asked only when somebody looks: the page itself needs no network
-    pack.focus(
-        handlers.packs,
-        [backbone, pack],
-        pack,
+        [*changes, *ended],
+        handlers.plan,
+        set(fields.values()),
+        plan,
         preprocess=False,
-        show_progress="hidden",
+        trigger_mode="always_last",
+        **QUIET,
+    )
+    ticks = [fields[name] for name in ("defenses", "backbone", "attacked_model")]
+    gr.on(
+        [component.change for component in ticks],
+        handlers.ticks,
+        ticks,
+        [fields["defenses"], fields["attacked_model"], *shown["folds"]],
+        preprocess=False,
+        trigger_mode="always_last",
+        **QUIET,
+    )
+    shown["rows"].click(_attack_this, None, fields["attacked_model"], **QUIET)
+    outputs = [image, fields["class_names"], fields["true_class"], shown["preset"], picture]
+    for example, button in shown["examples"]:
+        button.click(
+            partial(_example, example), fields["backbone"], outputs, preprocess=False, **QUIET
+        )
+
+
+def _attack_this(event: gr.EventData) -> Any:
+    attacked = getattr(event, "attacked", None)
+    return attacked or gr.skip()
+
+
+def _example(example: known.Example, backbone: str) -> tuple:
+    names = example.classes or known.first_names(backbone)
+    return str(example.path), names, example.true_class, None, None
+
+
+def _wire_model(handlers: Handlers, fields: dict, shown: dict, page: gr.Blocks) -> None:
+    backbone, pack = fields["backbone"], fields["pack"]
+    settings = [component for name, component in fields.items() if "." in name]
+    chosen = [backbone, pack, shown["head"], shown["former"], shown["evidence"]]
+    gr.on(
+        [backbone.input, pack.input],
+        handlers.choose,
+        [backbone, pack, shown["former"]],
+        [*chosen, shown["condition"], *settings],
+        preprocess=False,
+        concurrency_limit=4,  # beside the runs: a download would stop everybody's
+        concurrency_id="choice",
+        show_progress="full",
+        show_progress_on=backbone,
         api_visibility="private",
     )
-
-
-def _wire_run(handler: Callable, buttons: tuple, inputs: list, outputs: list, api: str) -> None:
-    (run, stop), status = buttons, outputs[0]
-    waiting, stopped = (json.dumps(html) for html in (render.waiting(), render.stopped()))
-    private = {"api_visibility": "private"}
-    start = f"() => {{ window.taptStopped = false; return {waiting} }}"
-    run.click(None, None, status, js=start, **private)
-    event = run.click(
-        handler,
-        inputs,
-        outputs,
-        show_progress="minimal",
-        show_progress_on=[status],
-        api_name=handler.__name__,
-        api_description=api,
-        trigger_mode="once",
-        **MODEL_QUEUE,
+    # asked only when somebody looks: the page itself needs no network
+    pack.focus(handlers.packs, [backbone, pack], pack, preprocess=False, **PRIVATE)
+    shown["condition"].change(
+        handlers.evidence, [shown["condition"], shown["former"]], shown["chart"], **QUIET
     )
-    # a last value may arrive after Stop, and a stopped run then counts as failed
-    end = f"() => window.taptStopped ? {stopped} : ''"
-    event.failure(None, None, status, js=end, **private)
-    halt = f"() => {{ window.taptStopped = true; return {stopped} }}"
-    stop.click(None, None, status, js=halt, cancels=[event], **private)
-
-
-def _wire_analyze(handlers: Handlers, inputs: list) -> None:
-    """An endpoint for programs; nothing on the page calls it."""
-    gr.Button(visible=False).click(
-        handlers.analyze,
-        inputs,
-        gr.JSON(visible=False, label="Result"),
-        api_name="analyze",
-        api_description=ANALYZE_API,
-        **MODEL_QUEUE,
+    link = gr.HTML(js_on_load=LINK, elem_id="link", **BARE)
+    link.click(handlers.restore, None, list(fields.values()), **PRIVATE)
+    names = [fields[name] for name in ("class_names", "true_class", "target", "backbone")]
+    page.load(
+        handlers.classes,
+        names,
+        [shown["chips"], shown["names"], fields["true_class"], fields["target"]],
+        preprocess=False,
+        **QUIET,
     )
-
-
-def _examples(outputs: list) -> None:
-    """Buttons with a picture and a name; `gr.Examples` gives its thumbnails no name to read out."""
-    gr.HTML('<p class="t-label">Examples</p>', apply_default_css=False)
-    with gr.Row(elem_id="example-buttons"):
-        for example in known.EXAMPLES:
-            button = gr.Button(example.name, icon=example.path, size="sm", min_width=40)
-            button.click(partial(_example, example), None, outputs, **QUIET)
-
-
-def _example(example: known.Example) -> tuple:
-    return open_image(example.path), example.classes, DEFAULT_ATTACK, ""
+    page.load(
+        handlers.plan,
+        set(fields.values()),
+        [
+            shown["plan"],
+            shown["attack-note"],
+            *(fields[name] for name in ("epsilon", "attacked_model", "step_size", "target")),
+        ],
+        preprocess=False,
+        **QUIET,
+    )
