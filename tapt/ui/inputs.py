@@ -51,7 +51,7 @@ class Fields(Settings):
     attack: str = Field(
         "none",
         title="Attack",
-        description=f"One of {', '.join(ATTACKS)}.",
+        description="What moves the pixels; square is black-box, the others use gradients.",
         json_schema_extra={"rule": f"one of {', '.join(ATTACKS)}"},
     )
     epsilon: int = Field(
@@ -96,7 +96,7 @@ class Fields(Settings):
     settings: dict[str, Any] | None = Field(
         None,
         title="Settings of the defences",
-        description='Changes, such as {"views": 32} for all that have views, or {"tapt.lr": 0.001}.',
+        description='Changes, as {"views": 32} for all that have views, or {"tapt.lr": 0.001}.',
         json_schema_extra={"rule": "an object of names and values"},
     )
     max_epsilon: int = Field(

@@ -30,7 +30,7 @@ def main(argv: Sequence[str] | None = None, progress: Progress | None = None) ->
 
 
 def parse_args(argv: Sequence[str] | None = None, program: str | None = None) -> argparse.Namespace:
-    """Command-line arguments; a hosting platform may set address and port by environment."""
+    """Command-line arguments; a hosting platform may set some of them by environment."""
     parser = argparse.ArgumentParser(
         program,
         description="Serves the page: every defence's answer to one picture.",
@@ -59,11 +59,26 @@ def parse_args(argv: Sequence[str] | None = None, program: str | None = None) ->
         help="embedded pack, folder or Hub id owner/repo (default: the backbone's own, else "
         "untrained prompts)",
     )
+    for what in ("backbones", "packs"):
+        parser.add_argument(
+            f"--allow-{what}",
+            metavar="NAMES",
+            help=f"other {what} that visitors may load: names by commas, any (public one), or none "
+            "(default: any on this computer only, none for other hosts and on a Space)",
+        )
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
     parser.add_argument(
-        "--mcp", action="store_true", help="also serve as tools of the Model Context Protocol"
+        "--mcp",
+        action="store_true",
+        default=os.environ.get("GRADIO_MCP_SERVER", "").lower() == "true",
+        help="also serve tools of the Model Context Protocol",
     )
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    private = args.host in ("127.0.0.1", "localhost", "::1") and "SPACE_ID" not in os.environ
+    for name in ("allow_backbones", "allow_packs"):
+        if getattr(args, name) is None:
+            setattr(args, name, "any" if private else "none")
+    return args
 
 
 def build(args: argparse.Namespace, progress: Progress | None = None) -> gr.Blocks:
@@ -78,11 +93,19 @@ def build(args: argparse.Namespace, progress: Progress | None = None) -> gr.Bloc
     from tapt.ui.page import build_page
     from tapt.ui.service import load_service
 
-    options = {"token": None, "progress": progress}
     try:
-        return build_page(load_service(args.backbone, args.pack, args.device, **options))
+        service = load_service(
+            args.backbone,
+            args.pack,
+            args.device,
+            token=None,
+            progress=progress,
+            allow_backbones=args.allow_backbones,
+            allow_packs=args.allow_packs,
+        )
     except TaptError as error:
         _fail(args, str(error))
+    return build_page(service)
 
 
 def launch(page: gr.Blocks, args: argparse.Namespace) -> None:
@@ -96,7 +119,6 @@ def launch(page: gr.Blocks, args: argparse.Namespace) -> None:
             server_port=args.port,
             prevent_thread_lock=True,
             mcp_server=args.mcp,
-            show_error=args.mcp,  # an agent, too, gets the sentences that the page shows
             **launch_options(),
         )
     except OSError:

@@ -1,61 +1,99 @@
-"""What the handlers share: the models that were asked for last."""
+"""What the handlers share: the models that were asked for last, and how long their runs took."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from tapt.comparison import UNTRAINED
+from tapt.comparison import UNTRAINED, Comparison
 from tapt.core.backbone import Backbone
-from tapt.core.errors import InputError
+from tapt.core.errors import Cancelled, InputError
 from tapt.core.prompts import PromptConfig
-from tapt.model import Model, load
-from tapt.packs.backbones import OPENAI_NAMES, is_public, load_backbone
+from tapt.defenses import Defense, find_defenses
+from tapt.model import DRAWS, VICTIM, Changes, Model, load
+from tapt.packs.backbones import OPENAI_NAMES, embedded_backbones, is_public, load_backbone
 from tapt.packs.format import Pack, hub_packs, list_packs, load_pack, untrained_pack
 from tapt.packs.hub import Origin, Progress, Token, parse_id
+from tapt.ui.inputs import Request
 
-EMBEDDED_BACKBONE = "tiny"  # it knows ten kinds only
 REMEMBERED_BACKBONES = 2  # beside the first
-REMEMBERED_PACKS = 4
+REMEMBERED_PACKS = 4  # of each backbone
 MAX_NAME = 200  # file systems take no more than 255
+SPEED = {"cpu": 3e10, "cuda": 3e12}  # operations per second, before a run has shown them
+ATTACK = "attack on"
 T = TypeVar("T")
 
 
 class Remembered(Generic[T]):
-    """The last `size` values by key; whoever asks for one that is there never waits.
+    """The last `size` values by key. A value is made by the first who asks; others who want the
+    same one wait for it, and nobody else does."""
 
-    making: held while a value is made.
-    """
-
-    def __init__(self, size: int, making: AbstractContextManager) -> None:
-        self._size, self._making = size, making
-        self._values: OrderedDict[Hashable, T] = OrderedDict()
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._values: OrderedDict[str, Future[T]] = OrderedDict()
         self._guard = threading.Lock()
 
-    def get(self, key: Hashable, make: Callable[[], T]) -> T:
-        if (value := self._find(key)) is not None:
-            return value
-        with self._making:
-            if (value := self._find(key)) is None:
-                value = make()
-                with self._guard:
-                    self._values[key] = value
-                    while len(self._values) > self._size:
-                        self._values.popitem(last=False)
-            return value
-
-    def _find(self, key: Hashable) -> T | None:
+    def find(self, key: str) -> T | None:
+        """The value of a key where it is there."""
         with self._guard:
-            if key in self._values:
+            future = self._values.get(key)
+        return future.result() if future and future.done() and not future.exception() else None
+
+    def get(self, key: str, make: Callable[[], T]) -> T:
+        """The value of a key, from `make` where it is not there."""
+        while True:
+            with self._guard:
+                future = self._values.get(key)
+                if mine := future is None:
+                    future = self._values[key] = Future[T]()
                 self._values.move_to_end(key)
-            return self._values.get(key)
+                while len(self._values) > self._size:
+                    self._values.popitem(last=False)
+            if mine:
+                self._make(key, future, make)
+            try:
+                return future.result()
+            except Cancelled:
+                if mine:
+                    raise  # otherwise the one who made it has stopped, and the next one makes it
+
+    def _make(self, key: str, future: Future[T], make: Callable[[], T]) -> None:
+        try:
+            future.set_result(make())
+        except BaseException as error:
+            with self._guard:
+                if self._values.get(key) is future:
+                    del self._values[key]
+            future.set_exception(error)
+
+
+@dataclass(frozen=True, eq=False)
+class Shelf:
+    """A backbone and all that was made for it, which goes when it goes.
+
+    rates: seconds of a pass, by the number of classes (its bits) and what ran.
+    """
+
+    backbone: Backbone
+    origin: Origin | None
+    models: Remembered[Model] = field(default_factory=lambda: Remembered(REMEMBERED_PACKS))
+    rates: dict[tuple[int, str], float] = field(default_factory=dict)
+
+    def seconds(self, classes: int, what: str) -> float:
+        """How long a pass takes, by what ran here before."""
+        known = {bits: rate for (bits, name), rate in [*self.rates.items()] if name == what}
+        if known:
+            return known.get(classes.bit_length(), max(known.values()))
+        backbone, device = self.backbone, self.backbone.device.type
+        weights = 12 * backbone.visual_blocks * backbone.visual_width**2
+        return 2.0 * weights * backbone.image_tokens / SPEED.get(device, SPEED["cpu"])
 
 
 class Service:
@@ -64,27 +102,34 @@ class Service:
     see, without folders of the server.
 
     first: the model that the page starts with.
-    backbones: the others that the page offers.
-    on_space: a public page offers these alone; elsewhere any public backbone may be typed.
+    backbones: those that the page offers, by the names that visitors see.
+    open_backbones, open_packs: whether any public one may be asked for, too.
     """
 
     def __init__(
-        self, first: Model, backbones: Sequence[str], device: str | None, on_space: bool
+        self,
+        first: Model,
+        backbones: Sequence[str],
+        device: str | None = None,
+        *,
+        allow_backbones: str = "none",
+        allow_packs: str = "none",
     ) -> None:
         backbone, pack = first.backbone, first.pack
         name = pack.name
         if pack.trained and not pack.origin and name not in list_packs(backbone.name):
             name = Path(name).name
         self.first = _model(backbone, replace(pack, name=name), first.origins[0])
-        names = dict.fromkeys((backbone.name, *backbones))
+        allowed, self.open_backbones = _names(allow_backbones)
+        self._packs, self.open_packs = _names(allow_packs)
+        if self.open_backbones:
+            allowed += OPENAI_NAMES
+        names = dict.fromkeys((backbone.name, *backbones, *embedded_backbones(), *allowed))
         self.backbones = {_visible(name): name for name in names}
-        self.on_space = on_space
         self._device = device
-        # one backbone at a time, for the memory; a pack keeps nobody waiting
-        size = max(REMEMBERED_BACKBONES, on_space * len(names))
-        self._backbones: Remembered[tuple[Backbone, Origin | None]]
-        self._backbones = Remembered(size, threading.Lock())
-        self._models: Remembered[Model] = Remembered(REMEMBERED_PACKS, nullcontext())
+        self._first = Shelf(self.first.backbone, self.first.origins[0])
+        self._first.models.get(name, lambda: self.first)
+        self._shelves: Remembered[Shelf] = Remembered(max(REMEMBERED_BACKBONES, len(backbones)))
 
     def model(self, backbone: str = "", pack: str = "", progress: Progress | None = None) -> Model:
         """A loaded model; empty names stand for the page's own choice. What visitors ask for is
@@ -93,19 +138,67 @@ class Service:
         Raises:
             TaptError: not offered here, missing, or not made for each other.
         """
-        if max(len(backbone), len(pack)) > MAX_NAME:
-            raise InputError(f"The name of a backbone or pack has at most {MAX_NAME} characters.")
-        first = self.first
-        backbone = backbone or first.backbone.name
-        pack = pack or next(iter(self.packs(backbone)))
-        if (backbone, pack) == (first.backbone.name, first.pack.name):
-            return first
-        make = partial(self._load_model, backbone, pack, progress)
-        return self._models.get((backbone, pack), make)
+        backbone, pack = self._checked(backbone, pack)
+        if (backbone, pack) == (self.first.backbone.name, self.first.pack.name):
+            return self.first
+        shelf = self._first
+        if backbone != shelf.backbone.name:
+            shelf = self._shelves.get(backbone, partial(self._load_shelf, backbone, progress))
+        return shelf.models.get(pack, partial(_load_model, shelf, pack, progress))
 
-    def too_long(self, names: Sequence[str]) -> list[str]:
-        """The class names whose sentences are too long for the embedded model."""
-        model = self.model(EMBEDDED_BACKBONE)
+    def at_hand(self, backbone: str = "", pack: str = "") -> Model | None:
+        """The model where it is loaded already; never waits.
+
+        Raises:
+            InputError: not offered here.
+        """
+        backbone, pack = self._checked(backbone, pack)
+        if (backbone, pack) == (self.first.backbone.name, self.first.pack.name):
+            return self.first
+        shelf = self._shelf(backbone)
+        return shelf and shelf.models.find(pack)
+
+    def seconds(self, backbone: str, defense: str) -> float | None:
+        """About how long one answer takes, with the defence's own settings; None while the
+        backbone is not loaded."""
+        model = self.at_hand(backbone)
+        shelf = model and self._shelf(model.backbone.name)
+        if model is None or shelf is None:
+            return None
+        return _passes_of(model, find_defenses([defense])[0]) * shelf.seconds(1, defense)
+
+    def estimate(self, request: Request, attacks: int = 1) -> float | None:
+        """About how many seconds a run will take, told without running; None while its model is
+        not loaded.
+
+        attacks: how many epsilons a sweep tries.
+        """
+        model = self.at_hand(request.fields.backbone, request.fields.pack)
+        shelf = model and self._shelf(model.backbone.name)
+        if model is None or shelf is None:
+            return None
+        answers = 1 if request.attack is None else 1 + attacks
+        return sum(
+            (attacks if what.startswith(ATTACK) else answers)
+            * passes
+            * shelf.seconds(len(request.classes), what)
+            for what, passes in _passes(model, request).items()
+        )
+
+    def remember(self, request: Request, result: Comparison) -> None:
+        """Learns from a finished run how long the next one will take."""
+        model = self.at_hand(request.fields.backbone, request.fields.pack)
+        shelf = model and self._shelf(model.backbone.name)
+        for what, passes in _passes(model, request).items() if model and shelf else ():
+            answer = result.answers[what].clean if what in result.answers else None
+            seconds = answer.seconds if answer else result.seconds.get("attack", 0.0)
+            shelf.rates[len(request.classes).bit_length(), what] = seconds / passes
+
+    def too_long(self, names: Sequence[str], backbone: str) -> list[str]:
+        """The class names whose sentences are too long for a backbone that is loaded."""
+        model = self.at_hand(backbone)
+        if model is None:
+            return []
         own = model.pack.prompts.config
         configs = PromptConfig("V", template=own.template), own
 
@@ -126,40 +219,48 @@ class Service:
         return list(dict.fromkeys([*own, *embedded, UNTRAINED]))
 
     def hub_packs(self, backbone: str) -> list[str]:
-        """The Hub's packs for a backbone.
+        """The packs of the Hub that may be asked for, those for a backbone where any may.
 
         Raises:
             TaptError: the Hub cannot be asked, or the backbone not be loaded.
         """
-        return hub_packs(self.model(backbone).backbone)
+        found = hub_packs(self.model(backbone).backbone) if self.open_packs else []
+        return [*self._packs, *found]
 
-    def _load_backbone(
-        self, name: str, progress: Progress | None
-    ) -> tuple[Backbone, Origin | None]:
-        if name not in self.backbones and (self.on_space or not is_public(name)):
-            raise InputError(
-                f"This page offers the backbones {', '.join(self.backbones)}; got {name!r}."
-            )
+    def _shelf(self, backbone: str) -> Shelf | None:
+        first = backbone == self._first.backbone.name
+        return self._first if first else self._shelves.find(backbone)
+
+    def _checked(self, backbone: str, pack: str) -> tuple[str, str]:
+        """The names of a backbone and a pack that may be asked for."""
+        if max(len(backbone), len(pack)) > MAX_NAME:
+            raise InputError(f"The name of a backbone or pack has at most {MAX_NAME} characters.")
+        backbone = backbone or self.first.backbone.name
+        if backbone not in self.backbones and not (self.open_backbones and is_public(backbone)):
+            others = " and any public one" if self.open_backbones else ""
+            names = ", ".join(self.backbones)
+            raise InputError(f"This page offers the backbones {names}{others}; got {backbone!r}.")
+        own = self.packs(backbone)
+        pack = pack or own[0]
+        asked = pack in self._packs or pack.partition("@")[0] in self._packs or self.open_packs
+        on_hub = asked and parse_id(pack) is not None and not Path(pack).exists()
+        if pack not in own and pack not in list_packs() and not on_hub:
+            others = " and those of the Hub, as owner/repo" if self.open_packs else ""
+            names = ", ".join([*own, *self._packs])
+            raise InputError(f"This page offers the packs {names}{others}; got {pack!r}.")
+        return backbone, pack
+
+    def _load_shelf(self, name: str, progress: Progress | None) -> Shelf:
         source = self.backbones.get(name, name)
-        return load_backbone(source, device=self._device, progress=progress)
+        backbone, origin = load_backbone(source, device=self._device, progress=progress)
+        return Shelf(replace(backbone, name=name), origin)
 
-    def _load_model(self, backbone_name: str, name: str, progress: Progress | None) -> Model:
-        if backbone_name == self.first.backbone.name:
-            backbone, origin = self.first.backbone, self.first.origins[0]
-        else:
-            make = partial(self._load_backbone, backbone_name, progress)
-            backbone, origin = self._backbones.get(backbone_name, make)
-        backbone = replace(backbone, name=backbone_name)
-        if name == UNTRAINED:
-            return _model(backbone, untrained_pack(backbone), origin)
-        if name not in list_packs(backbone_name) and (
-            parse_id(name) is None or Path(name).exists()
-        ):
-            raise InputError(
-                f"This page offers the packs {', '.join(self.packs(backbone_name))} and those of "
-                f"the Hub, as owner/repo; got {name!r}."
-            )
-        return _model(backbone, load_pack(name, backbone, progress=progress), origin)
+
+def _load_model(shelf: Shelf, pack: str, progress: Progress | None) -> Model:
+    backbone = shelf.backbone
+    if pack == UNTRAINED:
+        return _model(backbone, untrained_pack(backbone), shelf.origin)
+    return _model(backbone, load_pack(pack, backbone, progress=progress), shelf.origin)
 
 
 def _model(backbone: Backbone, pack: Pack, origin: Origin | None) -> Model:
@@ -173,6 +274,36 @@ def _visible(backbone: str) -> str:
     return f"{kind}:{Path(rest).name}" if kind == "local-dir" else backbone
 
 
+def _names(allowed: str) -> tuple[tuple[str, ...], bool]:
+    """Names by commas, and whether `any` is among them; `none` is no name."""
+    names = [name.strip() for name in allowed.split(",")]
+    return tuple(n for n in names if n not in ("", "any", "none")), "any" in names
+
+
+def _passes_of(model: Model, defense: Defense, changes: Changes = None) -> int:
+    """About how many passes an answer takes: its views, again at every step."""
+    own = model.settings(defense, changes).model_dump()
+    views, steps = own.get("views"), own.get("steps")
+    seen = views if isinstance(views, int) else 1
+    return seen * (1 + (steps if isinstance(steps, int) else 0))
+
+
+def _passes(model: Model, request: Request) -> dict[str, int]:
+    """About how many passes each answer takes, and the attack."""
+    attack, changes = request.attack, request.fields.settings
+    kind, _, name = request.fields.attacked_model.partition(":")
+    rows = find_defenses(request.fields.defenses)
+    passes = {row.name: _passes_of(model, row, changes) for row in rows}
+    if attack is not None:
+        victim = find_defenses([name or VICTIM])[0]
+        own = _passes_of(model, victim, changes) if kind == "deployed" else 1
+        draws = DRAWS if kind == "deployed" and attack.method.gradients else 1
+        steps = attack.method.passes(attack.budget_steps, len(request.classes))
+        what = f"{ATTACK} {request.fields.attacked_model} by {attack.name}"
+        passes[what] = steps * own * draws
+    return passes
+
+
 def load_service(
     backbone: str | None = None,
     pack: str | None = None,
@@ -180,13 +311,17 @@ def load_service(
     *,
     token: Token = False,
     progress: Progress | None = None,
+    allow_backbones: str = "none",
+    allow_packs: str = "none",
 ) -> Service:
-    """A service with its first model loaded; on a Space all of its backbones.
+    """A service with its first model loaded; on a Space all that are named.
 
     backbone: one name, or several by commas; default the one that the pack names, and `tiny`
         without a pack.
     pack: an embedded name, a folder or a Hub id; default the backbone's embedded pack, `vli`
         first, and untrained prompts where it has none.
+    allow_backbones, allow_packs: what visitors may load beside these and the embedded ones: names
+        by commas, `any` or `none`.
 
     Raises:
         BackboneError, PackError, HubError: unknown, malformed, or not made for each other.
@@ -199,10 +334,9 @@ def load_service(
         token=token,
         progress=progress,
     )
-    on_space = "SPACE_ID" in os.environ
-    others = names[1:] if on_space else [*names[1:], EMBEDDED_BACKBONE, *OPENAI_NAMES]
-    service = Service(first, others, device, on_space)
-    if on_space:  # ZeroGPU wants its models on the device before the first visitor comes
-        for name in service.backbones:
-            service.model(name)
+    options = {"allow_backbones": allow_backbones, "allow_packs": allow_packs}
+    service = Service(first, names[1:], device, **options)
+    if "SPACE_ID" in os.environ:  # ZeroGPU wants its models on the device before the first visitor
+        for name in names[1:]:
+            service.model(_visible(name))
     return service
