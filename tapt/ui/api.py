@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from functools import wraps
+from typing import Any, get_args
 
 import gradio as gr
 from gradio.data_classes import FileData
@@ -25,24 +26,20 @@ from tapt.ui.inputs import FIELDS, SWEEP_FIELDS, Fields, in_words
 
 MAX_BYTES = 8000  # of an agent's text
 DETAIL = ((5, 60), (3, 30), (1, 12))  # classes per answer, characters per name
-ABOUT = (
-    "What is in a picture, by CLIP and by its test-time defences, before and after an adversarial "
-    "attack on one of them.",
-    "How sure each test-time defence of CLIP stays of a picture's true class while an adversarial "
-    "attack grows.",
-)
 PICTURE = "    image: The picture, of any size: an uploaded file, or a data: URL."
-
-
-class Endpoint(NamedTuple):
-    """values: of a result; with their types, and what they are."""
-
-    name: str
-    sweeps: bool
-    values: Callable[[Any], tuple[Any, ...]]
-    types: tuple[Any, ...]
-    returns: str
-    tool: bool = False
+ANALYZE = "What CLIP and its defences see in a picture, before and after an adversarial attack."
+SWEEP = "How sure CLIP and its defences stay of a picture's true class while an attack grows."
+SHORT = (
+    "A JSON text: each defence's top classes and the true one, and what the attack did to it "
+    "(held, fooled, wrong before, recovered; without a true class kept or changed), times, "
+    "settings, versions. And the attacked picture, PNG."
+)
+SHORT_SWEEP = (
+    "A JSON text: each defence's probabilities of the true class and its answers, in the order of "
+    "epsilons (1/255), settings, versions."
+)
+FULL = "The JSON object of `tapt {} --json`."
+COMPARED = f"A sentence, a table, both pictures, PNG. {FULL.format('predict')}"
 
 
 def add_api(runs: Runs) -> None:
@@ -54,90 +51,77 @@ def add_api(runs: Runs) -> None:
         path = save_pil_to_cache(to_picture(pixels), runs.uploads, format="png")
         return FileData(path=path).model_dump()
 
-    numbers = "The JSON object of `tapt {} --json`."
-    for endpoint in (  # the tools first: an agent sees the names of functions, each one once
-        Endpoint(
-            "analyze_short",
-            False,
-            lambda result: (short_comparison(result), png(result.attacked)),
-            (str, FileData),
-            "A JSON text: the top classes of each defence and the true one, what the attack did "
-            "(held, fooled, wrong before, recovered; without a true class kept, changed), times, "
-            "settings, versions; and the attacked picture as a PNG file.",
-            tool=True,
-        ),
-        Endpoint(
-            "sweep_short",
-            True,
-            lambda result: (short_sweep(result),),
-            (str,),
-            "A JSON text: for each defence the probabilities of the true class and the answers, in "
-            "the order of epsilons (in 1/255); settings, versions.",
-            tool=True,
-        ),
-        Endpoint("analyze", False, lambda r: (r.to_dict(),), (dict,), numbers.format("predict")),
-        Endpoint("sweep", True, lambda r: (r.to_dict(),), (dict,), numbers.format("sweep")),
-        Endpoint(
-            "compare",
-            False,
-            lambda r: (r.verdict(), str(r), png(r.clean), png(r.attacked), r.to_dict()),
-            (str, str, FileData, FileData, dict),
-            "The sentence that counts, a table, the original and the attacked picture as PNG "
-            "files, and the JSON object of `tapt predict --json`.",
-        ),
+    def short(result: Comparison) -> tuple[Any, ...]:
+        return short_comparison(result), png(result.attacked)
+
+    def compared(result: Comparison) -> tuple[Any, ...]:
+        pictures = png(result.clean), png(result.attacked)
+        return result.verdict(), str(result), *pictures, result.to_dict()
+
+    # the tools first: an agent sees the functions' names, each one once
+    _tool(_function("analyze", runs, False, short, tuple[str, FileData], SHORT))
+    _tool(_function("sweep", runs, True, short_sweep, str, SHORT_SWEEP))
+    for name, sweeps, values, types, about in (
+        ("analyze", False, Comparison.to_dict, dict, FULL.format("predict")),
+        ("sweep", True, Sweep.to_dict, dict, FULL.format("sweep")),
+        ("compare", False, compared, tuple[str, str, FileData, FileData, dict], COMPARED),
     ):
-        call = _function(endpoint, runs)
-        if endpoint.tool:
-            # out of gradio's queue, from which an agent gets several values as one Python list;
-            # `Runs` has its own
-            gr.api(call, api_name=endpoint.name, queue=False)
-        else:
-            gr.api(call, api_name=endpoint.name, api_description=call.__doc__, **QUEUE)
+        call = _function(name, runs, sweeps, values, types, about)
+        call._mcp_type = "none"
+        gr.api(call, api_name=name, api_description=call.__doc__, **QUEUE)
 
 
-def _function(endpoint: Endpoint, runs: Runs) -> Callable[..., Any]:
-    """A function as gradio reads it: parameters with types and defaults, and a docstring."""
-    names = SWEEP_FIELDS if endpoint.sweeps else FIELDS
-    run: Callable[..., Iterator[Any]] = runs.sweep if endpoint.sweeps else runs.compare
+def _tool(steps: Callable[..., Iterator[Any]]) -> None:
+    """Out of gradio's queue, from which an agent gets several values as one Python list; `Runs`
+    has its own."""
 
-    def steps(*values: object) -> Iterator[Any]:
-        with in_words():
-            request = runs.request(dict(zip(names, values, strict=True)))
-            nothing = (None,) * len(endpoint.types)
-            for _, now in run(request):
-                result = now
-                yield nothing if len(nothing) > 1 else None
-            found = endpoint.values(result)
-            yield found if len(found) > 1 else found[0]
-
-    def last(*values: object) -> Any:
+    @wraps(steps)
+    def tool(*values: object) -> Any:
         *_, found = steps(*values)
         return found
 
-    call: Any = last if endpoint.tool else steps
+    gr.api(tool, api_name=f"{tool.__name__}_short", queue=False)
+
+
+def _function(
+    name: str, runs: Runs, sweeps: bool, values: Callable[[Any], Any], returned: Any, about: str
+) -> Any:
+    """A generator function as gradio reads it: parameters with types and defaults, a docstring.
+
+    values: what it returns for a result, of the types `returned`.
+    """
+    names = SWEEP_FIELDS if sweeps else FIELDS
+    run: Callable[..., Iterator[Any]] = runs.sweep if sweeps else runs.compare
+
+    def call(*given: object) -> Iterator[Any]:
+        with in_words():
+            request = runs.request(dict(zip(names, given, strict=True)))
+            nothing = (None,) * max(1, len(get_args(returned)))
+            for _, now in run(request):
+                result = now
+                yield nothing if len(nothing) > 1 else None
+            yield values(result)
+
     kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-    parameters, types, lines = [inspect.Parameter("image", kind)], {"image": FileData}, [PICTURE]
-    for name in names[1:]:
-        field = Fields.model_fields[name]
-        parameters.append(inspect.Parameter(name, kind, default=field.default))
-        types[name] = field.annotation
+    parameters, lines = [inspect.Parameter("image", kind)], [PICTURE]
+    types: dict[str, Any] = {"image": FileData}
+    for field_name in names[1:]:
+        field = Fields.model_fields[field_name]
+        parameters.append(inspect.Parameter(field_name, kind, default=field.default))
+        types[field_name] = field.annotation
         limits = "" if rule(field) == "text" else f" Must be {rule(field)}."
-        lines.append(f"    {name}: {field.description}{limits}")
-    returned = endpoint.types[0] if len(endpoint.types) == 1 else tuple[endpoint.types]
-    call.__signature__ = inspect.Signature(parameters, return_annotation=returned)
-    call.__annotations__ = types
-    call.__name__ = endpoint.name.removesuffix("_short")
-    call._mcp_type = "tool" if endpoint.tool else "none"
-    call.__doc__ = "\n".join(
-        [ABOUT[endpoint.sweeps], "Args:", *lines, "Returns:", f"    {endpoint.returns}"]
-    )
-    return call
+        lines.append(f"    {field_name}: {field.description}{limits}")
+    function: Any = call
+    function.__signature__ = inspect.Signature(parameters, return_annotation=returned)
+    function.__annotations__, function.__name__ = types, name
+    doc = [SWEEP if sweeps else ANALYZE, "Args:", *lines, "Returns:", f"    {about}"]
+    function.__doc__ = "\n".join(doc)
+    return function
 
 
 def short_comparison(result: Comparison) -> str:
     """A comparison as JSON for an agent."""
-    full = result.to_dict()
-    true = result.label if result.label_given else None
+    full, true = result.to_dict(), result.label if result.label_given else None
 
     def answer(value: Answer, count: int, length: int) -> dict[str, Any]:
         order = value.probabilities.argsort(descending=True).tolist()
@@ -146,20 +130,18 @@ def short_comparison(result: Comparison) -> str:
         return {"top": top, "seconds": round(value.seconds, 2)}
 
     def make(count: int, length: int) -> dict[str, Any]:
-        defenses = {
-            name: {
-                "state": full["states"][name],
-                **{kind: answer(a, count, length) for kind, a in vars(answers).items() if a},
-            }
-            for name, answers in result.answers.items()
-        }
-        true_class = full["label"] if result.label_given else None
+        kept = ("linf_255", "l2", "settings", "versions")
         return {
-            "true_class": true_class and _cut(true_class, length),
-            "classes": len(result.classes),
-            "defenses": defenses,
-            **{key: full[key] for key in ("linf_255", "l2", "settings", "versions")},
-            "seconds": result.seconds,
+            "true_class": None if true is None else _cut(result.classes[true], length),
+            "defenses": {
+                name: {
+                    "state": result.state(name),
+                    **{kind: answer(a, count, length) for kind, a in vars(row).items() if a},
+                }
+                for name, row in result.answers.items()
+            },
+            "seconds": {name: round(value, 2) for name, value in result.seconds.items()},
+            **{name: full[name] for name in kept},
         }
 
     return _text(make)
@@ -169,22 +151,18 @@ def short_sweep(result: Sweep) -> str:
     """A sweep as JSON for an agent."""
 
     def make(count: int, length: int) -> dict[str, Any]:
+        probabilities, answers = result.probabilities.items(), result.answers.items()
         return {
             **result.to_dict(),
             "label": _cut(result.label, length),
-            "probabilities": {
-                name: [_round(p) for p in values] for name, values in result.probabilities.items()
-            },
-            "answers": {
-                name: [_cut(answer, length) for answer in answers]
-                for name, answers in result.answers.items()
-            },
+            "probabilities": {name: [_round(p) for p in row] for name, row in probabilities},
+            "answers": {name: [_cut(answer, length) for answer in row] for name, row in answers},
         }
 
     return _text(make)
 
 
-def _text(make: Callable[[int, int], Mapping[str, Any]]) -> str:
+def _text(make: Callable[[int, int], dict[str, Any]]) -> str:
     """The most detailed text that is short enough."""
     for detail in DETAIL:
         text = json.dumps(make(*detail), ensure_ascii=False, separators=(",", ":"))

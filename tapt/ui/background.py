@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
 from dataclasses import fields, is_dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from torch import Tensor
@@ -25,7 +26,7 @@ from tapt.ui.inputs import Request, in_words, read_request
 from tapt.ui.service import Service
 
 T = TypeVar("T")
-Steps = Generator[tuple[Progress, T], None, None]
+Steps = Generator[tuple[Progress, Any], None, None]
 BEAT = 0.2
 MAX_WAITING = 24
 # of gradio's own, for events that run; each waits for its turn here, since a download must not
@@ -42,8 +43,7 @@ class Runs:
     def __init__(self, service: Service, uploads: str) -> None:
         self.service, self.uploads = service, uploads
         self._line: list[object] = []
-        self._gpu_compare = on_gpu(self._compare, self._duration)
-        self._gpu_sweep = on_gpu(self._sweep, self._sweep_duration)
+        self._on_gpu = on_gpu(self._steps, self._duration)
 
     def request(self, values: Mapping[str, object]) -> Request:
         """A checked request; raises `InputError`."""
@@ -56,15 +56,15 @@ class Runs:
         The phases before the first step: `download` with bytes, and `waiting` with how many runs
         come first.
         """
-        result = None
-        for progress, result in self._run(request, self._gpu_compare):
+        result: Comparison | None = None
+        for progress, result in self._run(request, sweeps=False):
             yield progress, result
-        if result is not None and result.finished:
+        if result is not None:
             self.service.remember(request, result)
 
     def sweep(self, request: Request) -> Iterator[tuple[Progress | None, Sweep | None]]:
         """The same for a sweep over the request's epsilons."""
-        yield from self._run(request, self._gpu_sweep)
+        yield from self._run(request, sweeps=True)
 
     def load(self, backbone: str, pack: str) -> Generator[tuple[Progress, None], None, Model]:
         """Loads a model beside all that runs, and returns it."""
@@ -74,10 +74,8 @@ class Runs:
 
         return (yield from in_thread("download", None, load))
 
-    def _run(
-        self, request: Request, steps: Callable[[Request], Steps[T]]
-    ) -> Iterator[tuple[Progress | None, T | None]]:
-        def work() -> Generator[tuple[Progress, T | None], None, None]:
+    def _run(self, request: Request, sweeps: bool) -> Iterator[tuple[Progress | None, Any]]:
+        def work() -> Steps:
             yield from self.load(request.fields.backbone, request.fields.pack)  # not in a fork
             if len(self._line) >= MAX_WAITING:
                 raise InputError("The queue is full: too many runs are waiting. Try again later.")
@@ -87,8 +85,8 @@ class Runs:
                 while ahead := self._line.index(place):
                     yield Progress("waiting", ahead, 0), None
                     time.sleep(BEAT / 4)
-                with closing(steps(request)) as computed:
-                    yield from computed
+                with closing(self._on_gpu(request, sweeps)) as steps:
+                    yield from steps
             finally:
                 self._line.remove(place)
 
@@ -98,18 +96,13 @@ class Runs:
                 progress, result = step or (None, result)
                 yield progress, result
 
-    def _compare(self, request: Request) -> Steps[Comparison]:
-        yield from self._computed(request, Model.compare_steps)
-
-    def _sweep(self, request: Request) -> Steps[Sweep]:
-        yield from self._computed(request, sweep_steps, epsilons=request.epsilons)
-
-    def _computed(
-        self, request: Request, compute: Callable[..., Iterator[tuple[Progress, T]]], **options: Any
-    ) -> Steps[T]:
+    def _steps(self, request: Request, sweeps: bool) -> Steps:
         attack, asked = request.attack, request.fields
         with in_words():  # another process can only hand on gradio's own errors
-            steps: Any = compute(
+            compute: Any = Model.compare_steps
+            if sweeps:
+                compute = partial(sweep_steps, epsilons=request.epsilons)
+            steps = compute(
                 self.service.model(asked.backbone, asked.pack),
                 request.picture,
                 request.classes,
@@ -121,18 +114,15 @@ class Runs:
                 defenses=asked.defenses,
                 settings=asked.settings,
                 seed=asked.seed,
-                **options,
             )
             with closing(steps):
                 for progress, result in steps:
                     yield progress, _snapshot(result)
 
-    def _duration(self, request: Request, attacks: int = 1) -> int:
+    def _duration(self, request: Request, sweeps: bool) -> int:
         """Seconds of a GPU to ask for."""
+        attacks = len(request.epsilons) if sweeps else 1
         return min(300, 15 + int(2 * (self.service.estimate(request, attacks) or 45)))
-
-    def _sweep_duration(self, request: Request) -> int:
-        return self._duration(request, len(request.epsilons))
 
 
 def with_heartbeat(steps: Generator[T, None, None], beat: float = BEAT) -> Iterator[T | None]:

@@ -3,10 +3,9 @@
 Gradio itself checks too little: its image input opens any file of the server that a request
 names, and its number fields let NaN through.
 
-Settings of the defences come as one field, `settings`: an object of changes, "DEFENCE.NAME" for one
-defence or "NAME" for every one that has it, as `tapt.model.Model.settings` takes them; the
-defence's own class says what is wrong with a value. `attacked_model` is `clip`, `static`,
-`deployed` or `deployed:NAME`. An empty `true_class` (answers are kept or changed then) or `target`
+`settings` changes those of the defences: an object of "DEFENCE.NAME", or "NAME" for every one that
+has it, and values, which the defence's own class checks. `attacked_model` is `clip`, `static`,
+`deployed` or `deployed:NAME`. An empty `true_class` (answers are then kept or changed) or `target`
 is none.
 """
 
@@ -24,14 +23,13 @@ import gradio as gr
 from gradio.data_classes import ImageData
 from PIL import Image
 from pydantic import Field, ValidationError, field_validator
-from typing_extensions import Self
 
 from tapt.core.attacks import METHODS, Attack
 from tapt.core.errors import InputError, TaptError
 from tapt.core.settings import Settings, shown
 from tapt.data.names import parse_classes
 from tapt.data.pictures import open_image
-from tapt.defenses import all_defenses, find_defenses
+from tapt.defenses import all_defenses, find_defenses, list_defenses
 from tapt.model import ATTACKED_MODELS
 
 MAX_BYTES = 30 * 2**20  # of a picture; gradio writes it as 30.0 MB
@@ -41,70 +39,53 @@ NOT_A_PICTURE = "Send the picture as an uploaded file or as a data: URL."
 BROKEN = "This run failed on the server, for a reason that its log names. Please try again."
 
 
+def _field(default: Any, title: str, about: str, rule: str | None = None, **limits: float) -> Any:
+    extra = {"rule": rule} if rule else None
+    return Field(default, title=title, description=about, json_schema_extra=extra, **limits)
+
+
 class Fields(Settings):
     """What a request holds beside the picture, in the order of the API's parameters and in the
     units of the page."""
 
-    class_names: str = Field(
-        "", description="What CLIP may answer: two names at least, by commas or one per line."
+    class_names: str = _field(
+        "", "Class names", "What CLIP may answer: two at least, by commas or one per line."
     )
-    attack: str = Field(
+    attack: str = _field(
         "none",
-        title="Attack",
-        description="What moves the pixels; square is black-box, the others use gradients.",
-        json_schema_extra={"rule": f"one of {', '.join(ATTACKS)}"},
+        "Attack",
+        "What moves the pixels; square is black-box, the others use gradients.",
+        f"one of {', '.join(ATTACKS)}",
     )
-    epsilon: int = Field(
-        4,
-        ge=0,
-        le=16,
-        title="Epsilon",
-        description="Largest change of a pixel, in 1/255; 0: no attack.",
+    epsilon: int = _field(
+        4, "Epsilon", "Largest change of a pixel, in 1/255; 0: no attack.", ge=0, le=16
     )
-    attacked_model: str = Field(
+    attacked_model: str = _field(
         "clip",
-        description="What the attack sees: clip (vanilla CLIP), static (the prompts as trained), "
-        "or deployed:NAME (a whole defence, random views and tuning included).",
+        "The attack sees",
+        "clip (vanilla CLIP), static (the prompts as trained) or deployed:NAME (a whole defence).",
     )
-    true_class: str = Field(
-        "", description="The right one of the class names; empty where nobody knows it."
-    )
-    steps: int = Field(
-        0,
-        ge=0,
-        le=5000,
-        title="Attack steps",
-        description="Or queries; 0: the attack's own number.",
-    )
-    step_size: float = Field(
-        0, ge=0, le=16, title="Step size", description="In 1/255; 0: 2.5 × epsilon / steps."
-    )
-    target: str = Field(
-        "", description="A class name that the attack moves towards; empty: away from the truth."
-    )
-    seed: int = Field(
-        0, ge=0, le=2**31 - 1, title="Seed", description="Of all that is random, attack and views."
-    )
-    defenses: list[str] | None = Field(
+    true_class: str = _field("", "True class", "One of the class names, or empty: not known.")
+    steps: int = _field(0, "Attack steps", "Or queries; 0: the attack's own number.", ge=0, le=5000)
+    step_size: float = _field(0, "Step size", "In 1/255; 0: 2.5 × epsilon / steps.", ge=0, le=16)
+    target: str = _field("", "Target", "A class name that the attack moves towards, or empty.")
+    seed: int = _field(0, "Seed", "Of all that is random: attack and views.", ge=0, le=2**31 - 1)
+    defenses: list[str] | None = _field(
         None,
-        title="Defences",
-        description="Names of those that answer; left out: those that do by default.",
-        json_schema_extra={"rule": "a list of names"},
+        "Defences",
+        f"Who answers, of {', '.join(list_defenses())}; left out: those by default.",
+        "a list of names",
     )
-    backbone: str = Field("", description="The CLIP model; empty: the page's first one.")
-    pack: str = Field("", description="The trained prompts; empty: the backbone's own.")
-    settings: dict[str, Any] | None = Field(
+    backbone: str = _field("", "Backbone", "A CLIP model; empty: the page's first one.")
+    pack: str = _field("", "Prompts", "Trained for the backbone; empty: its own ones.")
+    settings: dict[str, Any] | None = _field(
         None,
-        title="Settings of the defences",
-        description='Changes, as {"views": 32} for all that have views, or {"tapt.lr": 0.001}.',
-        json_schema_extra={"rule": "an object of names and values"},
+        "Settings of the defences",
+        'Changes, as {"views": 32} for all that have views, or {"tapt.lr": 0.001}.',
+        "an object of names and values",
     )
-    max_epsilon: int = Field(
-        8, ge=1, le=16, title="Largest epsilon", description="In 1/255; the sweep begins at 0."
-    )
-    epsilon_step: int = Field(
-        1, ge=1, le=8, title="Step", description="Between two points, in 1/255."
-    )
+    max_epsilon: int = _field(8, "Largest epsilon", "In 1/255; the sweep begins at 0.", ge=1, le=16)
+    epsilon_step: int = _field(1, "Step", "Between two points, in 1/255.", ge=1, le=8)
 
     @field_validator("*", mode="before")
     @classmethod
@@ -113,7 +94,7 @@ class Fields(Settings):
             raise InputError(f"Texts have at most {MAX_TEXT:,} characters, got {len(value):,}")
         if isinstance(value, str) and any("\ud800" <= character <= "\udfff" for character in value):
             raise InputError("Texts must be valid Unicode; half of a surrogate pair is in one")
-        return _whole(value)  # JSON has one kind of number
+        return _whole(value)
 
     @field_validator("attack")
     @classmethod
@@ -127,10 +108,8 @@ class Fields(Settings):
     def _attackable(cls, attacked: str) -> str:
         kind, _, name = attacked.partition(":")
         if kind not in ATTACKED_MODELS or (name and kind != "deployed"):
-            raise InputError(
-                "attacked_model must be one of clip, static, deployed and deployed:NAME of a "
-                f"defence, got {shown(attacked)}"
-            )
+            allowed = "one of clip, static, deployed and deployed:NAME of a defence"
+            raise InputError(f"attacked_model must be {allowed}, got {shown(attacked)}")
         find_defenses([name] if name else None)
         return attacked
 
@@ -146,6 +125,7 @@ class Fields(Settings):
 
 
 def _whole(value: Any) -> Any:
+    """A number as Python has it: JSON does not tell 4 from 4.0."""
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -188,22 +168,10 @@ def in_words() -> Iterator[None]:
         raise gr.Error(BROKEN) from error  # with its traceback in the log
 
 
-class PictureData(ImageData):
-    """What a request sends as a picture; anything else is refused in a sentence."""
-
-    @classmethod
-    def model_validate(cls, obj: Any, **options: Any) -> Self:
-        try:
-            return super().model_validate(obj, **options)
-        except ValidationError:
-            raise refusal(NOT_A_PICTURE) from None
-
-
 class PictureInput(gr.Image):
     """An image input that reads uploads and nothing else; handlers get RGB pictures."""
 
     is_template = True  # the browser shows it as a plain Image
-    data_model = PictureData
 
     def preprocess(self, payload: ImageData | None) -> Image.Image | None:
         with in_words():
@@ -232,30 +200,30 @@ class Request:
 
 
 def read_request(values: Mapping[str, object], uploads: str) -> Request:
-    """Checks a request.
+    """Checks a request; `InputError` where a value has the wrong type, is out of range or does
+    not fit the others.
 
     values: `image` and what `Fields` has; what is missing or None counts as the default.
     uploads: the only folder that the picture may be read from.
-
-    Raises:
-        InputError: a value has the wrong type, is out of range or does not fit the others.
     """
-    image = values.get("image")
-    picture = read_picture(image and PictureData.model_validate(image), uploads)
+    picture = read_picture(values.get("image"), uploads)
     if picture is None:
         raise InputError("Choose a picture first: upload one, paste one or pick an example.")
     fields = read_fields(values)
     classes = tuple(parse_classes(fields.class_names))
-    attack = _attack(fields)
-    return Request(
-        picture,
-        fields,
-        classes,
-        attack,
-        read_class("true class", fields.true_class, classes),
-        None if attack is None else read_class("target", fields.target, classes),
-        {name: values.get(name) for name in FIELDS[1:]},
-    )
+    attack = None
+    if fields.attack != "none" and (fields.epsilon or METHODS[fields.attack].norm != "Linf"):
+        attack = Attack(
+            fields.attack,
+            max(1, fields.epsilon) / 255,  # CW has none
+            fields.steps or None,
+            fields.step_size / 255 or None,
+            seed=fields.seed,
+        )
+    label = read_class("true class", fields.true_class, classes)
+    target = read_class("target", fields.target, classes) if attack else None
+    given = {name: values.get(name) for name in FIELDS[1:]}
+    return Request(picture, fields, classes, attack, label, target, given)
 
 
 def read_fields(values: Mapping[str, object]) -> Fields:
@@ -263,38 +231,24 @@ def read_fields(values: Mapping[str, object]) -> Fields:
     return Fields(**{k: values[k] for k in NAMES if values.get(k) is not None})
 
 
-def _attack(fields: Fields) -> Attack | None:
-    if fields.attack == "none":
-        return None
-    if METHODS[fields.attack].norm == "Linf" and not fields.epsilon:
-        return None
-    return Attack(
-        fields.attack,
-        max(1, fields.epsilon) / 255,  # CW has none
-        fields.steps or None,
-        fields.step_size / 255 or None,
-        seed=fields.seed,
-    )
+def read_picture(payload: object, uploads: str) -> Image.Image | None:
+    """The picture of a request, in RGB; `InputError` where it is no upload, no picture, damaged or
+    too large.
 
-
-def read_picture(payload: ImageData | None, uploads: str) -> Image.Image | None:
-    """The picture of a request, in RGB.
-
+    payload: as it came; None for no picture.
     uploads: the only folder whose files may be read.
-
-    Raises:
-        InputError: not an upload, not a picture, damaged or too large.
     """
     if payload is None:
         return None
-    if payload.url and payload.url.startswith("data:"):
-        return open_image(_data_url(payload.url))
-    if not payload.path:
-        raise InputError(NOT_A_PICTURE)
     try:
-        path = Path(payload.path).resolve()
+        sent = ImageData.model_validate(payload)
+        if sent.url and sent.url.startswith("data:"):
+            return open_image(_data_url(sent.url))
+        path = Path(sent.path or "").resolve()
         inside = path.is_relative_to(Path(uploads).resolve()) and path.is_file()
-    except (OSError, ValueError) as error:
+    except InputError:
+        raise
+    except (ValidationError, OSError, ValueError) as error:
         raise InputError(NOT_A_PICTURE) from error
     if not inside:
         raise InputError(f"That is not an uploaded file. {NOT_A_PICTURE}")
@@ -314,15 +268,10 @@ def _data_url(url: str) -> bytes:
 
 
 def read_class(name: str, text: str, classes: tuple[str, ...]) -> str | None:
-    """A class as it stands among the class names; None when nobody named one.
-
-    Raises:
-        InputError: it is not one of the class names.
-    """
+    """A class as it stands among the class names, None when nobody named one; `InputError` where
+    it is none of them."""
     wanted = " ".join(text.split()).casefold()
-    if not wanted:
-        return None
-    for known in classes:
-        if known.casefold() == wanted:
-            return known
-    raise InputError(f"The {name} {shown(text.strip())} is not one of the class names.")
+    found = [known for known in classes if known.casefold() == wanted]
+    if wanted and not found:
+        raise InputError(f"The {name} {shown(text.strip())} is not one of the class names.")
+    return found[0] if found else None

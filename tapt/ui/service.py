@@ -5,18 +5,18 @@ from __future__ import annotations
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Generic, TypeVar
+from weakref import WeakValueDictionary
 
 from tapt.comparison import UNTRAINED, Comparison
 from tapt.core.backbone import Backbone
-from tapt.core.errors import Cancelled, InputError
+from tapt.core.errors import InputError
 from tapt.core.prompts import PromptConfig
-from tapt.defenses import Defense, find_defenses
+from tapt.defenses import find_defenses
 from tapt.model import DRAWS, VICTIM, Changes, Model, load
 from tapt.packs.backbones import OPENAI_NAMES, embedded_backbones, is_public, load_backbone
 from tapt.packs.format import Pack, hub_packs, list_packs, load_pack, untrained_pack
@@ -26,59 +26,47 @@ from tapt.ui.inputs import Request
 REMEMBERED_BACKBONES = 2  # beside the first
 REMEMBERED_PACKS = 4  # of each backbone
 MAX_NAME = 200  # file systems take no more than 255
-SPEED = {"cpu": 3e10, "cuda": 3e12}  # operations per second, before a run has shown them
-ATTACK = "attack on"
+SPEED = {"cuda": 2e12}  # weights times tokens per second, before a run has shown it
+TOGETHER = "all parts"  # among the timings
 T = TypeVar("T")
 
 
 class Remembered(Generic[T]):
-    """The last `size` values by key. A value is made by the first who asks; others who want the
-    same one wait for it, and nobody else does."""
+    """The last `size` values by key. While one is made, only those who want the same one wait."""
 
     def __init__(self, size: int) -> None:
-        self._size = size
-        self._values: OrderedDict[str, Future[T]] = OrderedDict()
-        self._guard = threading.Lock()
+        self._size, self._guard = size, threading.Lock()
+        self._values: OrderedDict[str, T] = OrderedDict()
+        self._making: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
     def find(self, key: str) -> T | None:
         """The value of a key where it is there."""
         with self._guard:
-            future = self._values.get(key)
-        return future.result() if future and future.done() and not future.exception() else None
+            if key in self._values:
+                self._values.move_to_end(key)
+            return self._values.get(key)
 
     def get(self, key: str, make: Callable[[], T]) -> T:
         """The value of a key, from `make` where it is not there."""
-        while True:
-            with self._guard:
-                future = self._values.get(key)
-                if mine := future is None:
-                    future = self._values[key] = Future[T]()
-                self._values.move_to_end(key)
-                while len(self._values) > self._size:
-                    self._values.popitem(last=False)
-            if mine:
-                self._make(key, future, make)
-            try:
-                return future.result()
-            except Cancelled:
-                if mine:
-                    raise  # otherwise the one who made it has stopped, and the next one makes it
-
-    def _make(self, key: str, future: Future[T], make: Callable[[], T]) -> None:
-        try:
-            future.set_result(make())
-        except BaseException as error:
-            with self._guard:
-                if self._values.get(key) is future:
-                    del self._values[key]
-            future.set_exception(error)
+        with self._guard:
+            making = self._making.setdefault(key, threading.Lock())
+        with making:
+            value = self.find(key)
+            if value is None:
+                value = make()
+                with self._guard:
+                    self._values[key] = value
+                    while len(self._values) > self._size:
+                        self._values.popitem(last=False)
+        return value
 
 
 @dataclass(frozen=True, eq=False)
 class Shelf:
     """A backbone and all that was made for it, which goes when it goes.
 
-    rates: seconds of a pass, by the number of classes (its bits) and what ran.
+    rates: seconds of a pass, by the number of classes (its bits) and what ran; and the share of
+        these that a whole run takes, since defences share some of their work.
     """
 
     backbone: Backbone
@@ -86,14 +74,14 @@ class Shelf:
     models: Remembered[Model] = field(default_factory=lambda: Remembered(REMEMBERED_PACKS))
     rates: dict[tuple[int, str], float] = field(default_factory=dict)
 
-    def seconds(self, classes: int, what: str) -> float:
-        """How long a pass takes, by what ran here before."""
-        known = {bits: rate for (bits, name), rate in [*self.rates.items()] if name == what}
-        if known:
-            return known.get(classes.bit_length(), max(known.values()))
-        backbone, device = self.backbone, self.backbone.device.type
-        weights = 12 * backbone.visual_blocks * backbone.visual_width**2
-        return 2.0 * weights * backbone.image_tokens / SPEED.get(device, SPEED["cpu"])
+    def seconds(self, classes: int, passes: Mapping[str, float]) -> float:
+        """How long so many passes of each will take together, by what ran here before."""
+        sizes, rates, bits = self.backbone.architecture, dict(self.rates), classes.bit_length()
+        weights = 12 * sizes["visual_blocks"] * sizes["visual_width"] ** 2
+        rough = weights * sizes["image_tokens"] / SPEED.get(self.backbone.device.type, 2e10)
+        near = {what: rate for (_, what), rate in rates.items()}
+        parts = [n * rates.get((bits, w), near.get(w, rough)) for w, n in passes.items()]
+        return sum(parts) * rates.get((0, TOGETHER), 1.0)
 
 
 class Service:
@@ -128,7 +116,6 @@ class Service:
         self.backbones = {_visible(name): name for name in names}
         self._device = device
         self._first = Shelf(self.first.backbone, self.first.origins[0])
-        self._first.models.get(name, lambda: self.first)
         self._shelves: Remembered[Shelf] = Remembered(max(REMEMBERED_BACKBONES, len(backbones)))
 
     def model(self, backbone: str = "", pack: str = "", progress: Progress | None = None) -> Model:
@@ -138,12 +125,11 @@ class Service:
         Raises:
             TaptError: not offered here, missing, or not made for each other.
         """
+        if found := self._find(backbone, pack):
+            return found[1]
         backbone, pack = self._checked(backbone, pack)
-        if (backbone, pack) == (self.first.backbone.name, self.first.pack.name):
-            return self.first
-        shelf = self._first
-        if backbone != shelf.backbone.name:
-            shelf = self._shelves.get(backbone, partial(self._load_shelf, backbone, progress))
+        make = partial(self._load_shelf, backbone, progress)
+        shelf = self._find_shelf(backbone) or self._shelves.get(backbone, make)
         return shelf.models.get(pack, partial(_load_model, shelf, pack, progress))
 
     def at_hand(self, backbone: str = "", pack: str = "") -> Model | None:
@@ -152,20 +138,16 @@ class Service:
         Raises:
             InputError: not offered here.
         """
-        backbone, pack = self._checked(backbone, pack)
-        if (backbone, pack) == (self.first.backbone.name, self.first.pack.name):
-            return self.first
-        shelf = self._shelf(backbone)
-        return shelf and shelf.models.find(pack)
+        found = self._find(backbone, pack)
+        return found[1] if found else None
 
     def seconds(self, backbone: str, defense: str) -> float | None:
         """About how long one answer takes, with the defence's own settings; None while the
         backbone is not loaded."""
-        model = self.at_hand(backbone)
-        shelf = model and self._shelf(model.backbone.name)
-        if model is None or shelf is None:
+        if (found := self._find(backbone, "")) is None:
             return None
-        return _passes_of(model, find_defenses([defense])[0]) * shelf.seconds(1, defense)
+        shelf, model = found
+        return shelf.seconds(1, {defense: _passes(model, defense, None)})
 
     def estimate(self, request: Request, attacks: int = 1) -> float | None:
         """About how many seconds a run will take, told without running; None while its model is
@@ -173,26 +155,23 @@ class Service:
 
         attacks: how many epsilons a sweep tries.
         """
-        model = self.at_hand(request.fields.backbone, request.fields.pack)
-        shelf = model and self._shelf(model.backbone.name)
-        if model is None or shelf is None:
+        found = self._find(request.fields.backbone, request.fields.pack)
+        if found is None:
             return None
-        answers = 1 if request.attack is None else 1 + attacks
-        return sum(
-            (attacks if what.startswith(ATTACK) else answers)
-            * passes
-            * shelf.seconds(len(request.classes), what)
-            for what, passes in _passes(model, request).items()
-        )
+        return found[0].seconds(len(request.classes), _parts(found[1], request, attacks))
 
     def remember(self, request: Request, result: Comparison) -> None:
         """Learns from a finished run how long the next one will take."""
-        model = self.at_hand(request.fields.backbone, request.fields.pack)
-        shelf = model and self._shelf(model.backbone.name)
-        for what, passes in _passes(model, request).items() if model and shelf else ():
-            answer = result.answers[what].clean if what in result.answers else None
-            seconds = answer.seconds if answer else result.seconds.get("attack", 0.0)
-            shelf.rates[len(request.classes).bit_length(), what] = seconds / passes
+        found = self._find(request.fields.backbone, request.fields.pack)
+        if found is None:
+            return
+        rates, seconds, bits = found[0].rates, [], len(request.classes).bit_length()
+        for what, passes in _parts(found[1], request).items():
+            answers = vars(result.answers[what]).values() if what in result.answers else ()
+            own = sum(answer.seconds for answer in answers if answer)
+            seconds.append(own if answers else result.seconds["attack"])
+            rates[bits, what] = seconds[-1] / passes
+        rates[0, TOGETHER] = result.seconds["total"] / sum(seconds)
 
     def too_long(self, names: Sequence[str], backbone: str) -> list[str]:
         """The class names whose sentences are too long for a backbone that is loaded."""
@@ -200,7 +179,7 @@ class Service:
         if model is None:
             return []
         own = model.pack.prompts.config
-        configs = PromptConfig("V", template=own.template), own
+        configs = PromptConfig(design="V", template=own.template), own
 
         def fit(names: Sequence[str]) -> bool:
             try:
@@ -227,9 +206,17 @@ class Service:
         found = hub_packs(self.model(backbone).backbone) if self.open_packs else []
         return [*self._packs, *found]
 
-    def _shelf(self, backbone: str) -> Shelf | None:
-        first = backbone == self._first.backbone.name
-        return self._first if first else self._shelves.find(backbone)
+    def _find_shelf(self, backbone: str) -> Shelf | None:
+        own = backbone == self._first.backbone.name
+        return self._first if own else self._shelves.find(backbone)
+
+    def _find(self, backbone: str, pack: str) -> tuple[Shelf, Model] | None:
+        backbone, pack = self._checked(backbone, pack)
+        if (backbone, pack) == (self.first.backbone.name, self.first.pack.name):
+            return self._first, self.first
+        shelf = self._find_shelf(backbone)
+        model = shelf and shelf.models.find(pack)
+        return (shelf, model) if shelf and model else None
 
     def _checked(self, backbone: str, pack: str) -> tuple[str, str]:
         """The names of a backbone and a pack that may be asked for."""
@@ -280,28 +267,29 @@ def _names(allowed: str) -> tuple[tuple[str, ...], bool]:
     return tuple(n for n in names if n not in ("", "any", "none")), "any" in names
 
 
-def _passes_of(model: Model, defense: Defense, changes: Changes = None) -> int:
+def _passes(model: Model, defense: str, changes: Changes) -> int:
     """About how many passes an answer takes: its views, again at every step."""
-    own = model.settings(defense, changes).model_dump()
+    own = model.settings(find_defenses([defense])[0], changes).model_dump()
     views, steps = own.get("views"), own.get("steps")
     seen = views if isinstance(views, int) else 1
     return seen * (1 + (steps if isinstance(steps, int) else 0))
 
 
-def _passes(model: Model, request: Request) -> dict[str, int]:
-    """About how many passes each answer takes, and the attack."""
+def _parts(model: Model, request: Request, attacks: int = 1) -> dict[str, float]:
+    """About how many passes each part of a run takes."""
     attack, changes = request.attack, request.fields.settings
-    kind, _, name = request.fields.attacked_model.partition(":")
+    answers = 1 if attack is None else 1 + attacks
     rows = find_defenses(request.fields.defenses)
-    passes = {row.name: _passes_of(model, row, changes) for row in rows}
+    parts: dict[str, float] = {r.name: answers * _passes(model, r.name, changes) for r in rows}
     if attack is not None:
-        victim = find_defenses([name or VICTIM])[0]
-        own = _passes_of(model, victim, changes) if kind == "deployed" else 1
-        draws = DRAWS if kind == "deployed" and attack.method.gradients else 1
-        steps = attack.method.passes(attack.budget_steps, len(request.classes))
-        what = f"{ATTACK} {request.fields.attacked_model} by {attack.name}"
-        passes[what] = steps * own * draws
-    return passes
+        kind, _, name = request.fields.attacked_model.partition(":")
+        own = 1
+        if kind == "deployed":
+            draws = DRAWS if attack.method.gradients else 1
+            own = draws * _passes(model, name or VICTIM, changes)
+        passes = attack.method.passes(attack.budget_steps, len(request.classes))
+        parts[f"{attack.name} on {request.fields.attacked_model}"] = attacks * own * passes
+    return parts
 
 
 def load_service(
