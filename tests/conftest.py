@@ -216,8 +216,8 @@ def serving(folder: Path, *options: str, **settings: str) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page as it starts without options."""
-    with serving(tmp_path_factory.mktemp("page")) as address:
+    """The page as it starts without options, with its tools for agents."""
+    with serving(tmp_path_factory.mktemp("page"), GRADIO_MCP_SERVER="true") as address:
         yield address
 
 

@@ -39,8 +39,8 @@ NOT_A_PICTURE = "Send the picture as an uploaded file or as a data: URL."
 BROKEN = "This run failed on the server, for a reason that its log names. Please try again."
 
 
-def _field(default: Any, title: str, about: str, rule: str | None = None, **limits: float) -> Any:
-    extra = {"rule": rule} if rule else None
+def _field(default: Any, title: str, about: str, rule: str = "", **limits: Any) -> Any:
+    extra: Any = {"rule": rule} if rule else None
     return Field(default, title=title, description=about, json_schema_extra=extra, **limits)
 
 

@@ -91,10 +91,10 @@ def build(args: argparse.Namespace, progress: Progress | None = None) -> gr.Bloc
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
     # imported late, so that --help and a mistyped option answer at once
     from tapt.ui.page import build_page
-    from tapt.ui.service import load_service
+    from tapt.ui.service import Service
 
     try:
-        service = load_service(
+        service = Service(
             args.backbone,
             args.pack,
             args.device,

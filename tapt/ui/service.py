@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 from weakref import WeakValueDictionary
 
 from tapt.comparison import UNTRAINED, Comparison
@@ -32,10 +32,11 @@ T = TypeVar("T")
 
 
 class Remembered(Generic[T]):
-    """The last `size` values by key. While one is made, only those who want the same one wait."""
+    """Values by key: the last `size` of those that were made, and `kept` for ever. While one is
+    made, only those who want the same one wait."""
 
-    def __init__(self, size: int) -> None:
-        self._size, self._guard = size, threading.Lock()
+    def __init__(self, size: int, kept: Mapping[str, T]) -> None:
+        self._size, self._kept, self._guard = size, kept, threading.Lock()
         self._values: OrderedDict[str, T] = OrderedDict()
         self._making: WeakValueDictionary[str, threading.Lock] = WeakValueDictionary()
 
@@ -44,7 +45,7 @@ class Remembered(Generic[T]):
         with self._guard:
             if key in self._values:
                 self._values.move_to_end(key)
-            return self._values.get(key)
+            return self._kept.get(key) or self._values.get(key)
 
     def get(self, key: str, make: Callable[[], T]) -> T:
         """The value of a key, from `make` where it is not there."""
@@ -71,7 +72,7 @@ class Shelf:
 
     backbone: Backbone
     origin: Origin | None
-    models: Remembered[Model] = field(default_factory=lambda: Remembered(REMEMBERED_PACKS))
+    models: Remembered[Model]
     rates: dict[tuple[int, str], float] = field(default_factory=dict)
 
     def seconds(self, classes: int, passes: Mapping[str, float]) -> float:
@@ -89,34 +90,53 @@ class Service:
     requests, since a loaded model never changes. The names in its models are those that visitors
     see, without folders of the server.
 
-    first: the model that the page starts with.
+    first: the model that the page starts with; on a Space all that are named are loaded now.
     backbones: those that the page offers, by the names that visitors see.
     open_backbones, open_packs: whether any public one may be asked for, too.
     """
 
     def __init__(
         self,
-        first: Model,
-        backbones: Sequence[str],
+        backbone: str | None = None,
+        pack: str | None = None,
         device: str | None = None,
         *,
+        token: Token = False,
+        progress: Progress | None = None,
         allow_backbones: str = "none",
         allow_packs: str = "none",
     ) -> None:
-        backbone, pack = first.backbone, first.pack
-        name = pack.name
-        if pack.trained and not pack.origin and name not in list_packs(backbone.name):
+        """Loads the first model.
+
+        backbone: one name, or several by commas; default the one that the pack names, and `tiny`
+            without a pack.
+        pack: an embedded name, a folder or a Hub id; default the backbone's embedded pack, `vli`
+            first, and untrained prompts where it has none.
+        token, progress: for the Hub, as for `tapt.load`.
+        allow_backbones, allow_packs: what visitors may load beside these and the embedded ones:
+            names by commas, `any` or `none`.
+
+        Raises:
+            BackboneError, PackError, HubError: unknown, malformed, or not made for each other.
+        """
+        own = _names(backbone or "")
+        options: dict[str, Any] = {"device": device, "token": token, "progress": progress}
+        first = load(backbone=own[0] if own else None, pack=pack, **options)
+        name = first.pack.name
+        if first.pack.trained and not first.pack.origin and name not in list_packs():
             name = Path(name).name
-        self.first = _model(backbone, replace(pack, name=name), first.origins[0])
-        allowed, self.open_backbones = _names(allow_backbones)
-        self._packs, self.open_packs = _names(allow_packs)
-        if self.open_backbones:
-            allowed += OPENAI_NAMES
-        names = dict.fromkeys((backbone.name, *backbones, *embedded_backbones(), *allowed))
+        self.first = _model(first.backbone, replace(first.pack, name=name), first.origins[0])
+        offered, self._packs = _names(allow_backbones), _names(allow_packs)
+        self.open_backbones, self.open_packs = allow_backbones == "any", allow_packs == "any"
+        more = OPENAI_NAMES if self.open_backbones else ()
+        names = dict.fromkeys((first.backbone.name, *own, *embedded_backbones(), *offered, *more))
         self.backbones = {_visible(name): name for name in names}
-        self._device = device
-        self._first = Shelf(self.first.backbone, self.first.origins[0])
-        self._shelves: Remembered[Shelf] = Remembered(max(REMEMBERED_BACKBONES, len(backbones)))
+        self._device, seen = device, self.first.backbone
+        shelf = Shelf(seen, first.origins[0], Remembered(REMEMBERED_PACKS, {name: self.first}))
+        size = max(REMEMBERED_BACKBONES, len(own))
+        self._shelves = Remembered(size, {seen.name: shelf})
+        for name in own if "SPACE_ID" in os.environ else ():
+            self.model(_visible(name))  # ZeroGPU wants it before the first visitor comes
 
     def model(self, backbone: str = "", pack: str = "", progress: Progress | None = None) -> Model:
         """A loaded model; empty names stand for the page's own choice. What visitors ask for is
@@ -125,11 +145,8 @@ class Service:
         Raises:
             TaptError: not offered here, missing, or not made for each other.
         """
-        if found := self._find(backbone, pack):
-            return found[1]
         backbone, pack = self._checked(backbone, pack)
-        make = partial(self._load_shelf, backbone, progress)
-        shelf = self._find_shelf(backbone) or self._shelves.get(backbone, make)
+        shelf = self._shelves.get(backbone, partial(self._load_shelf, backbone, progress))
         return shelf.models.get(pack, partial(_load_model, shelf, pack, progress))
 
     def at_hand(self, backbone: str = "", pack: str = "") -> Model | None:
@@ -206,16 +223,10 @@ class Service:
         found = hub_packs(self.model(backbone).backbone) if self.open_packs else []
         return [*self._packs, *found]
 
-    def _find_shelf(self, backbone: str) -> Shelf | None:
-        own = backbone == self._first.backbone.name
-        return self._first if own else self._shelves.find(backbone)
-
     def _find(self, backbone: str, pack: str) -> tuple[Shelf, Model] | None:
         backbone, pack = self._checked(backbone, pack)
-        if (backbone, pack) == (self.first.backbone.name, self.first.pack.name):
-            return self._first, self.first
-        shelf = self._find_shelf(backbone)
-        model = shelf and shelf.models.find(pack)
+        shelf = self._shelves.find(backbone)
+        model = shelf.models.find(pack) if shelf else None
         return (shelf, model) if shelf and model else None
 
     def _checked(self, backbone: str, pack: str) -> tuple[str, str]:
@@ -240,7 +251,7 @@ class Service:
     def _load_shelf(self, name: str, progress: Progress | None) -> Shelf:
         source = self.backbones.get(name, name)
         backbone, origin = load_backbone(source, device=self._device, progress=progress)
-        return Shelf(replace(backbone, name=name), origin)
+        return Shelf(replace(backbone, name=name), origin, Remembered(REMEMBERED_PACKS, {}))
 
 
 def _load_model(shelf: Shelf, pack: str, progress: Progress | None) -> Model:
@@ -261,10 +272,10 @@ def _visible(backbone: str) -> str:
     return f"{kind}:{Path(rest).name}" if kind == "local-dir" else backbone
 
 
-def _names(allowed: str) -> tuple[tuple[str, ...], bool]:
-    """Names by commas, and whether `any` is among them; `none` is no name."""
-    names = [name.strip() for name in allowed.split(",")]
-    return tuple(n for n in names if n not in ("", "any", "none")), "any" in names
+def _names(text: str) -> tuple[str, ...]:
+    """Names by commas; `any` and `none` are none."""
+    names = (name.strip() for name in text.split(","))
+    return tuple(name for name in names if name not in ("", "any", "none"))
 
 
 def _passes(model: Model, defense: str, changes: Changes) -> int:
@@ -290,41 +301,3 @@ def _parts(model: Model, request: Request, attacks: int = 1) -> dict[str, float]
         passes = attack.method.passes(attack.budget_steps, len(request.classes))
         parts[f"{attack.name} on {request.fields.attacked_model}"] = attacks * own * passes
     return parts
-
-
-def load_service(
-    backbone: str | None = None,
-    pack: str | None = None,
-    device: str | None = None,
-    *,
-    token: Token = False,
-    progress: Progress | None = None,
-    allow_backbones: str = "none",
-    allow_packs: str = "none",
-) -> Service:
-    """A service with its first model loaded; on a Space all that are named.
-
-    backbone: one name, or several by commas; default the one that the pack names, and `tiny`
-        without a pack.
-    pack: an embedded name, a folder or a Hub id; default the backbone's embedded pack, `vli`
-        first, and untrained prompts where it has none.
-    allow_backbones, allow_packs: what visitors may load beside these and the embedded ones: names
-        by commas, `any` or `none`.
-
-    Raises:
-        BackboneError, PackError, HubError: unknown, malformed, or not made for each other.
-    """
-    names = [name.strip() for name in (backbone or "").split(",") if name.strip()]
-    first = load(
-        backbone=names[0] if names else None,
-        pack=pack,
-        device=device,
-        token=token,
-        progress=progress,
-    )
-    options = {"allow_backbones": allow_backbones, "allow_packs": allow_packs}
-    service = Service(first, names[1:], device, **options)
-    if "SPACE_ID" in os.environ:  # ZeroGPU wants its models on the device before the first visitor
-        for name in names[1:]:
-            service.model(_visible(name))
-    return service
