@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import gradio as gr
@@ -13,160 +15,183 @@ from tapt.comparison import Comparison
 from tapt.core.attacks import METHODS
 from tapt.core.errors import InputError, TaptError
 from tapt.core.images import to_picture
-from tapt.core.settings import shown
 from tapt.data.names import MAX_CLASSES, class_names, distinct, names_text, parse_classes
+from tapt.data.pictures import open_image
 from tapt.defenses import all_defenses, find_defenses
 from tapt.evaluation.sweep import Sweep
 from tapt.model import Model
 from tapt.ui import inputs, known, links, render
 from tapt.ui.background import Runs, with_heartbeat
-from tapt.ui.inputs import FIELDS, SWEEP_ONLY, read_fields, read_picture, read_request
 from tapt.ui.service import Service
 
 Raw = Mapping[Any, Any]
+Values = dict[str, Any]
+Updates = dict[Any, Any]
 CHOICES = 100  # of a dropdown; longer lists are typed
-PHASES = {"attack": "Attacking", "download": "Fetching the model", "waiting": "Waiting, runs ahead"}
+PHASES = {"attack": "Attacking", "download": "Fetching the model", "waiting": "Runs before this"}
+PROGRESS = gr.Progress()
 
 
 class Handlers:
     """The page's event handlers; nothing is left of a call when it ends.
 
-    fields: the components of a request by name; those of a defence's settings as `DEFENCE.NAME`.
+    fields: the components of a request by name, those of a defence's settings as `DEFENCE.NAME`.
+    shown: the other components by name.
     """
 
-    def __init__(self, service: Service, runs: Runs, fields: Mapping[str, Any]) -> None:
-        self.service, self.runs, self.fields = service, runs, fields
+    def __init__(self, service: Service, runs: Runs, fields: Values, shown: Values) -> None:
+        self.service, self.runs, self.fields, self.shown = service, runs, fields, shown
 
-    def values(self, raw: Raw) -> dict[str, Any]:
-        """The request in components' values; settings that are left empty are the pack's own."""
-        given = {name: raw.get(component) for name, component in self.fields.items()}
+    def values(self, raw: Raw) -> Values:
+        """The request in the components; of the settings, those that are not the pack's own."""
+        given = {name: raw[component] for name, component in self.fields.items()}
+        own = self._own(self.service.at_hand(given["backbone"], given["pack"]))
         settings = {
-            name: value
-            for name, value in given.items()
-            if "." in name
-            and value not in (None, "")
-            and name.partition(".")[0] in given["defenses"]
+            name: given[name]
+            for row in given["defenses"]
+            for name in given
+            if name.startswith(f"{row}.") and given[name] not in (None, own.get(name))
         }
-        plain = {name: value for name, value in given.items() if "." not in name}
-        return {**plain, "settings": settings}
+        return {**{n: v for n, v in given.items() if "." not in n}, "settings": settings}
 
-    def compare(self, raw: Raw, progress: gr.Progress = gr.Progress()) -> Iterator[tuple]:  # noqa: B008
-        """Yields (sentence, rows, slider, pictures, take-away, Stop, ...) as they come."""
-        values = self.values(raw)
+    def _own(self, model: Model | None) -> Values:
+        """The settings of a pack, as far as there are fields of them."""
+        every = {row.name: model.settings(row).model_dump() for row in all_defenses() if model}
+        names = (name.split(".") for name in self.fields if "." in name and model)
+        return {f"{row}.{name}": every[row][name] for row, name in names}
+
+    def compare(self, raw: Raw, progress: gr.Progress = PROGRESS) -> Iterator[Updates]:
+        """The rows as they fill, then everything else."""
+        shown = self.shown
         with inputs.in_words():
-            request = self.runs.request(values)
-            before: list[bool] | None = None
-            result: Comparison | None = None
-            yield render.note("Running…"), *(gr.skip(),) * 4, gr.update(visible=True)
+            request, before = self.runs.request(self.values(raw)), None
+            yield {shown["sentence"]: render.note("Running…"), shown["stop"]: _visible(True)}
             for at, result in self.runs.compare(request):
-                _show(progress, at)
-                answers = [a for r in (result.answers if result else {}).values() for a in _both(r)]
-                now = [answer is not None for answer in answers]
-                if result is None or now == before or result.finished:
-                    yield (gr.skip(),) * 6
+                _report(progress, at)
+                if result is not None and result.finished:
+                    return (yield self._finished(result, request))
+                now = [vars(row).values() for row in result.answers.values()] if result else []
+                filled = sum(answer is not None for row in now for answer in row)
+                if result is None or filled == before:
+                    yield {shown["stop"]: gr.skip()}  # where Stop takes hold
                     continue
-                before = now
-                sentence = render.note(f"So far {result.counts()}." if any(now) else "Running…")
-                yield sentence, render.results(result), *(gr.skip(),) * 4
-            assert result is not None
-            yield self._finished(result, request)
+                before, counts = filled, result.counts()
+                sentence = render.note(f"So far {counts}." if counts else "Running…")
+                yield {shown["sentence"]: sentence, shown["rows"]: render.results(result)}
 
-    def _finished(self, result: Comparison, request: inputs.Request) -> tuple:
-        both = None
+    def _finished(self, result: Comparison, request: inputs.Request) -> Updates:
+        shown, clean, both = self.shown, to_picture(result.clean), None
         if result.attacked is not None:
-            both = to_picture(result.clean), to_picture(result.attacked)
-        link = links.to_link(request.values, to_picture(result.clean))
-        seconds = result.seconds["total"]
-        return (
-            render.note(f"{result.verdict()} Done in {seconds:.1f} s."),
-            render.results(result),
-            gr.update(value=both, visible=both is not None),
-            render.pictures(result),
-            render.take_away(result, link, request.fields.settings or {}),
-            gr.update(visible=False),
-        )
+            both = clean, to_picture(result.attacked)
+        link, changes = links.to_link(request.values, clean), request.fields.settings or {}
+        sentence = f"{result.verdict()} Done in {result.seconds['total']:.1f} s."
+        return {
+            shown["sentence"]: render.note(sentence),
+            shown["rows"]: render.results(result),
+            shown["slider"]: gr.update(value=both, visible=both is not None),
+            shown["pictures"]: render.pictures(result),
+            shown["take"]: render.take_away(result, link, changes),
+            shown["stop"]: _visible(False),
+        }
 
-    def sweep(self, raw: Raw, progress: gr.Progress = gr.Progress()) -> Iterator[tuple]:  # noqa: B008
-        """Yields (notes, points of the chart, rows of the table, Stop)."""
+    def sweep(self, raw: Raw, progress: gr.Progress = PROGRESS) -> Iterator[Updates]:
+        """The curves as they grow."""
+        shown, before = self.shown, 0
         with inputs.in_words():
             request = self.runs.request(self.values(raw))
             if request.attack is None:
                 raise InputError("Choose an attack first: a sweep shows what more of it does.")
-            before, result = -1, None
-            yield "", None, None, gr.update(visible=True)
+            yield {shown["falls"]: "", shown["stop-sweep"]: _visible(True)}
             for at, result in self.runs.sweep(request):
-                _show(progress, at)
-                count = -1 if result is None else sum(map(len, result.probabilities.values()))
-                yield self._swept(result) if result and count != before else (gr.skip(),) * 4
+                _report(progress, at)
+                count = sum(map(len, result.probabilities.values())) if result else 0
+                news = result is not None and count != before
+                yield self._swept(result) if news else {shown["stop-sweep"]: gr.skip()}
                 before = count
-            assert result is not None
-            yield *self._swept(result)[:3], gr.update(visible=False)
+            yield {shown["stop-sweep"]: _visible(False)}
 
-    def _swept(self, result: Sweep) -> tuple:
+    def _swept(self, result: Sweep) -> Updates:
         points = pd.DataFrame(render.sweep_points(result))
-        if points.empty:
-            return (gr.skip(),) * 4
-        order = list(points.defence.unique())
+        order, shown = list(points.defence.unique()), self.shown
         rows = points.pivot_table(index="epsilon", columns="defence", values="probability")[order]
-        title = f"p({result.label})"
-        chart = gr.LinePlot(points, y_title=title, x_lim=[0, max(1, result.epsilons[-1])])
-        return render.sweep_notes(result), chart, rows.reset_index(), gr.skip()
+        limits = [0, max(1, result.epsilons[-1])]
+        return {
+            shown["falls"]: render.sweep_notes(result),
+            shown["curves"]: gr.LinePlot(points, y_title=f"p({result.label})", x_lim=limits),
+            shown["points"]: rows.reset_index(),
+        }
 
-    def faults(self, raw: Raw) -> Any:
+    def faults(self, raw: Raw) -> list[dict]:
         """For each component, in the order of the page, what is wrong with its value."""
         values = self.values(raw)
+        named = {n: {n: v} for n, v in values.items() if n not in ("image", "settings")}
+        named |= {n: {"settings": {n: v}} for n, v in values["settings"].items()}
+        checks: dict[str, Callable] = {n: partial(inputs.read_fields, v) for n, v in named.items()}
+        checks["class_names"] = partial(self._classes, values)
+        names = tuple(distinct(class_names(values["class_names"] or "")))
+        for name in ("true_class", "target"):
+            word, text = name.replace("_", " "), values[name] or ""
+            checks[name] = partial(inputs.read_class, word, text, names)
         found: dict[str, str] = {}
-        for name, value in values.items():
-            if name not in ("image", "settings"):
-                _try(found, name, lambda n=name, v=value: read_fields({n: v}))  # type: ignore[misc]
-        for name, value in values["settings"].items():
-            _try(found, name, lambda n=name, v=value: read_fields({"settings": {n: v}}))  # type: ignore[misc]
-        classes = _try(found, "class_names", lambda: parse_classes(values["class_names"] or ""))
-        for name, word in (("true_class", "true class"), ("target", "target")):
-            if classes:
-                text = values[name] or ""
-                _try(found, name, lambda t=text, w=word: inputs.read_class(w, t, tuple(classes)))  # type: ignore[misc]
-        if values["image"] is None:
-            found["image"] = "Choose a picture first: upload one, paste one or pick an example."
+        for name, check in checks.items():
+            _try(found, name, check)
         if not found:
-            _try(found, "class_names", lambda: self._too_long(values, classes or []))
+            _try(found, "image", partial(self.runs.request, values))
         return [gr.validate(name not in found, found.get(name, "")) for name in self.fields]
 
-    def _too_long(self, values: Mapping[str, Any], classes: Sequence[str]) -> None:
-        if long := self.service.too_long(classes, values["backbone"]):
-            raise InputError(f"Too long for this model: {', '.join(map(shown, long[:3]))}.")
+    def _classes(self, values: Values) -> None:
+        asked = inputs.read_fields({"class_names": values["class_names"]})
+        if long := self.service.too_long(parse_classes(asked.class_names), values["backbone"]):
+            raise InputError(f"Too long for this model: {', '.join(long[:3])}.")
 
-    def picture(self, payload: Any, former: Any) -> tuple[Any, Any]:
-        """A new picture and itself to be remembered, or the former one and a word."""
-        try:
-            data = None if payload is None else inputs.PictureData.model_validate(payload)
-            read_picture(data, self.runs.uploads)
-        except (InputError, gr.Error) as error:
-            gr.Warning(str(getattr(error, "message", error)))
-            return (former and former["path"]), former
-        return gr.skip(), payload
-
-    def classes(self, text: str, true_class: str, target: str, backbone: str) -> tuple:
-        """What was understood of the class names: chips, the fold's label, choices of classes."""
-        every = class_names((text or "")[: inputs.MAX_TEXT])
-        names = distinct(every)
+    def refresh(self, raw: Raw) -> Updates:
+        """What follows from the inputs: chips, choices, the line on the attack with its time, costs
+        of the defences, which fields apply."""
+        values, shown, fields = self.values(raw), self.shown, self.fields
+        every = class_names((values["class_names"] or "")[: inputs.MAX_TEXT])
+        names, backbone = distinct(every), values["backbone"]
         unknown = known.unknown_names(names, backbone)
         too_long = self.service.too_long(names[:MAX_CLASSES], backbone)
-        found: dict[str, str] = {}
-        _try(found, "fault", lambda: parse_classes(names))
-        chips = render.chips(
-            names, len(every) - len(names), unknown, too_long, found.get("fault", "")
-        )
         strange = f", {len(unknown)} never seen" if unknown else ""
-        label = f"It may answer one of {len(names):,} names{strange} ✎"
-        return (
-            chips,
-            gr.update(label=label),
-            *(
-                gr.update(choices=[("not known" if i == 0 else "any other", ""), *names[:CHOICES]])
-                for i, _ in enumerate((true_class, target))
-            ),
-        )
+        label: dict[str, Any] = {"label": f"It may answer: {len(names):,} names{strange}"}
+        if not 2 <= len(names) <= MAX_CLASSES or too_long:
+            label["open"] = True  # what is wrong will stand there
+        method, attacked = METHODS.get(values["attack"]), values["attacked_model"]
+        seconds = None
+        with suppress(TaptError, gr.Error):  # the button says what is wrong
+            seconds = self.service.estimate(self.runs.request(values))
+        applies = {
+            "epsilon": method is not None and method.norm == "Linf",
+            "attacked_model": method is not None,
+            "step_size": method is not None and method.step_size,
+            "target": method is not None and method.targeted,
+        }
+        updates = {name: {"visible": bool(on)} for name, on in applies.items()}
+        updates["attacked_model"]["choices"] = attackable([*values["defenses"], attacked])
+        updates["target"]["choices"] = [("any other", ""), *names[:CHOICES]]
+        updates["true_class"] = {"choices": [("not known", ""), *names[:CHOICES]]}
+        updates["defenses"] = {"choices": [self._cost(row, backbone) for row in all_defenses()]}
+        return {
+            shown["chips"]: render.chips(names, len(every) - len(names), unknown, too_long),
+            shown["names"]: gr.update(**label),
+            shown["plan"]: gr.update(label=render.plan(values, seconds)),
+            shown["attack-note"]: render.attack_note(method, attacked),
+            **{fields[name]: gr.update(**update) for name, update in updates.items()},
+            **{f: _visible(name in values["defenses"]) for name, f in shown["folds"].items()},
+        }
+
+    def _cost(self, row: Any, backbone: str) -> tuple[str, str]:
+        seconds = self.service.seconds(backbone, row.name)
+        return row.title + ("" if seconds is None else f" · {render.duration(seconds)}"), row.name
+
+    def picture(self, payload: Any, former: Any) -> tuple[Any, Any]:
+        """A new picture, and itself to be remembered; or the former one and a word."""
+        try:
+            inputs.read_picture(payload, self.runs.uploads)
+        except (InputError, gr.Error) as error:
+            _warn(error)
+            return open_image(former["path"]), former
+        return gr.skip(), payload
 
     def preset(self, name: str, backbone: str) -> str | dict:
         """The class names of a data set, without those that the model cannot read."""
@@ -175,81 +200,37 @@ class Handlers:
             return gr.skip()
         names = class_names(text)
         if too_long := self.service.too_long(names, backbone):
-            listed = html.escape(", ".join(too_long[:5]))
-            gr.Info(f"Left out, too long for this model: {listed}.")
+            gr.Info(f"Left out, too long for this model: {html.escape(', '.join(too_long[:5]))}.")
         return names_text(name for name in names if name not in too_long)
 
-    def plan(self, raw: Raw) -> tuple:
-        """The line on the attack with its time, what it is, and which of its fields apply."""
-        values = self.values(raw)
-        method, attacked = METHODS.get(values["attack"]), values["attacked_model"]
-        seconds = None
-        try:
-            seconds = self.service.estimate(self.runs.request(values))
-        except (TaptError, gr.Error):
-            pass  # the button says what is wrong
-        epsilon = values["epsilon"]
-        line = render.plan(values["attack"], epsilon, attacked, seconds)
-        linf = method is not None and method.norm == "Linf"
-        fields = (linf, method is not None, method and method.step_size, method and method.targeted)
-        return (
-            gr.update(label=line),
-            render.attack_note(method, attacked),
-            *(gr.update(visible=bool(on)) for on in fields),
-        )
-
-    def ticks(self, names: Sequence[str], backbone: str, attacked: str) -> tuple:
-        """Costs of the defences, the settings of those that answer, and what may be attacked."""
-        choices = []
-        for row in all_defenses():
-            seconds = self.service.seconds(backbone, row.name)
-            cost = "" if seconds is None else f" · {render.duration(seconds)}"
-            choices.append((row.title + cost, row.name))
-        return (
-            gr.update(choices=choices),
-            gr.update(choices=attackable(names, attacked)),
-            *(gr.update(visible=row.name in names) for row in with_settings()),
-        )
-
     def choose(
-        self,
-        backbone: str,
-        pack: str,
-        former: tuple[str, str],
-        progress: gr.Progress = gr.Progress(),  # noqa: B008
-    ) -> Iterator[tuple]:
-        """Backbone, pack, what is loaded, both to be remembered, evidence; then own settings as
-        placeholders. What cannot be had leaves the former ones, with one message."""
+        self, backbone: str, pack: str, former: tuple[str, str], progress: gr.Progress = PROGRESS
+    ) -> Iterator[Updates]:
+        """Loads another model; what cannot be had leaves the former one, with one message."""
         try:
-            if backbone != former[0]:
-                pack = ""
-            for at in with_heartbeat(self.runs.load(backbone, pack)):
-                _show(progress, at and at[0])
-                yield (gr.skip(),) * self.chosen_count
-            model = self.service.model(backbone, pack)
+            asked = backbone, pack if backbone == former[0] else ""
+            for at in with_heartbeat(self.runs.load(*asked)):
+                _report(progress, at and at[0])
+                yield {self.shown["former"]: gr.skip()}
+            model = self.service.model(*asked)
         except (TaptError, gr.Error) as error:
-            gr.Warning(html.escape(str(getattr(error, "message", error)), quote=False))
+            _warn(error)
             model = self.service.model(*former)
-        yield self.chosen(model)
+        yield self._chosen(model)
 
-    @property
-    def chosen_count(self) -> int:
-        return 6 + sum("." in name for name in self.fields)
-
-    def chosen(self, model: Model) -> tuple:
-        """The values of `choose` for a loaded model."""
-        backbone, pack = model.backbone.name, model.pack.name
+    def _chosen(self, model: Model) -> Updates:
+        backbone, pack, shown = model.backbone.name, model.pack.name, self.shown
         packs = list(dict.fromkeys([*self.service.packs(backbone), pack]))
-        rows = model.pack.evaluation
-        return (
-            backbone,
-            gr.update(choices=packs, value=pack),
-            render.header(model),
-            (backbone, pack),
-            render.evidence(rows)[1],
-            conditions(rows),
-            *placeholders(model, self.fields),
-        )
+        return {
+            self.fields["backbone"]: backbone,
+            self.fields["pack"]: gr.update(choices=packs, value=pack),
+            shown["head"]: render.header(model),
+            shown["former"]: (backbone, pack),
+            shown["preset"]: gr.update(choices=list(known.presets(backbone)), value=None),
+            shown["evidence"]: render.evidence(model.pack.evaluation)[1],
+            shown["condition"]: gr.update(**conditions(model.pack.evaluation)),
+            **{self.fields[name]: value for name, value in self._own(model).items()},
+        }
 
     def packs(self, backbone: str, pack: str) -> dict:
         """The choices of the pack, those of the Hub among them, and a word where it is silent."""
@@ -265,85 +246,58 @@ class Handlers:
         model = self.service.at_hand(*former)
         return render.chart(model.pack.evaluation, chosen) if model and chosen else None
 
-    def restore(self, event: gr.EventData) -> list:
-        """Every field as a link says, in the order of the page; what it lacks stays."""
+    def restore(self, event: gr.EventData) -> Updates:
+        """The inputs of a link."""
         try:
             values = links.from_link(event.link)  # type: ignore[attr-defined]
-            request = read_request(values, self.runs.uploads)
-            asked = request.fields
-            if self.service.at_hand(asked.backbone, asked.pack) is None:
-                raise InputError(
-                    f"This link asks for model {asked.backbone} with {asked.pack}: choose them "
-                    "under Settings first, then open it again."
-                )
+            request = self.runs.request(values)
+            asked, changes = request.fields, request.fields.settings or {}
+            model = self.service.at_hand(asked.backbone, asked.pack)
+            if model is None:
+                raise InputError(f"Choose the model {asked.backbone} with {asked.pack} first.")
         except (TaptError, gr.Error) as error:
-            gr.Warning(html.escape(str(getattr(error, "message", error)), quote=False))
-            return [gr.skip()] * len(self.fields)
-        plain = {name: values[name] for name in FIELDS if name in values} | {
-            "image": request.picture,
-            "defenses": [row.name for row in find_defenses(asked.defenses)],
-            "true_class": request.label or "",
-            "target": request.target or "",
-        }
-        changes = asked.settings or {}
-        filled = {n: changes.get(n, changes.get(n.rpartition(".")[2])) for n in self.fields}
-        return [filled[name] if "." in name else plain.get(name, gr.skip()) for name in self.fields]
+            _warn(error)
+            return {self.shown["former"]: gr.skip()}
+        plain = {**asked.model_dump(), "image": request.picture, "true_class": request.label or ""}
+        plain["defenses"] = [row.name for row in find_defenses(asked.defenses)]
+        for name, value in self._own(model).items():
+            plain[name] = changes.get(name, changes.get(name.partition(".")[2], value))
+        return {component: plain[name] for name, component in self.fields.items()}
 
 
-def conditions(rows: Sequence[Mapping[str, Any]]) -> Any:
+def attackable(names: Sequence[str]) -> list[tuple[str, str]]:
+    """What the attack may see: both fixed models, and the named defences as they are deployed."""
+    fixed = [("Vanilla CLIP", "clip"), ("Static prompts", "static")]
+    rows = [row for row in all_defenses() if row.name not in ("clip", "static")]
+    every = [(f"{row.title}, deployed", f"deployed:{row.name}") for row in rows]
+    return fixed + [row for row in every if {row[1], row[1].partition(":")[2]} & {*names}]
+
+
+def conditions(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The choices of the chart; that of most pictures first."""
     ordered = sorted(rows, key=lambda row: -row["n"])
     choices = list(dict.fromkeys(map(render.condition, ordered)))
-    return gr.update(choices=choices, value=choices[0] if choices else None)
+    return {"choices": choices, "value": choices[0] if choices else None}
 
 
-def attackable(names: Sequence[str], attacked: str = "clip") -> list[tuple[str, str]]:
-    """What the attack may see: both fixed models, and every shown defence as it is deployed."""
-    fixed = [("Vanilla CLIP", "clip"), ("Static prompts", "static")]
-    rows = [row for row in all_defenses() if row.name not in ("clip", "static")]
-    return fixed + [
-        (f"{row.title}, deployed", f"deployed:{row.name}")
-        for row in rows
-        if row.name in names or attacked == f"deployed:{row.name}"
-    ]
+def _visible(on: bool) -> dict:
+    return gr.update(visible=on)
 
 
-def with_settings() -> list[Any]:
-    """The defences that have settings."""
-    return [row for row in all_defenses() if row.settings.model_fields]
+def _warn(error: Exception) -> None:
+    text = getattr(error, "message", None) or html.escape(str(error), quote=False)
+    gr.Warning(text)
 
 
-def placeholders(model: Model, fields: Mapping[str, Any]) -> list[Any]:
-    """The pack's own settings, as they look in fields that are left empty."""
-    own = {
-        f"{row.name}.{key}": value
-        for row in with_settings()
-        for key, value in model.settings(row).model_dump().items()
-    }
-    return [
-        gr.update(placeholder=f"{own[name]:g}" if isinstance(own[name], float) else str(own[name]))
-        if isinstance(component, gr.Number)
-        else gr.update(info=f"Own: {own[name]}")
-        for name, component in fields.items()
-        if "." in name
-    ]
-
-
-def _both(row: Any) -> tuple:
-    return row.clean, row.attacked
-
-
-def _try(found: dict[str, str], name: str, check: Any) -> Any:
-    """The value of `check`; what it refuses is noted under the field's name."""
+def _try(found: dict[str, str], name: str, check: Callable) -> None:
     try:
-        return check()
+        check()
     except InputError as error:
-        found.setdefault(name, str(error))
-        return None
+        found[name] = str(error)
 
 
-def _show(progress: gr.Progress, at: Any) -> None:
+def _report(progress: gr.Progress, at: Any) -> None:
     if at is not None:
         phase = PHASES.get(at.phase, at.phase)
-        total = max(1, at.total)
-        progress((at.done, total), desc=phase, unit="bytes" if at.phase == "download" else "steps")
+        unit = "bytes" if at.phase == "download" else "steps"
+        progress((at.done, max(1, at.total)), desc=phase, unit=unit)

@@ -1,4 +1,4 @@
-"""What the page offers beside the model: class names, by what the backbone has seen, and examples."""
+"""Class names by what a backbone has seen, and the examples."""
 
 from __future__ import annotations
 

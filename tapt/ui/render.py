@@ -32,6 +32,17 @@ if TYPE_CHECKING:
 
 TOP, CHIPS, THIN = 5, 60, 200
 WAITING, NOT_RUN, STOPPED = "…", "not run", "Stopped."
+WELCOME = (
+    "Press the button: an attack looks for a change of the picture, too small to matter to you, "
+    "that makes CLIP wrong."
+)
+TAKE = "After a run: the attacked picture, all numbers, a link, and the command for a terminal."
+RECORDED = (
+    "Accuracy over many pictures, as recorded with the loaded prompts. Rows of fewer than "
+    f"{THIN} pictures are thin evidence, and pale in the chart."
+)
+NUMBERS = ("n", "Clean %", "Attacked %")
+EARLIER = "These results are from earlier inputs. Run again."
 SIGNS = {"held": "✓", "fooled": "✗", "wrong before": "○", "recovered": "↑"}
 PAPER = "https://arxiv.org/abs/2411.13136"
 WORDS = {
@@ -83,7 +94,7 @@ def words() -> str:
 
 
 def chips(
-    names: Sequence[str], repeated: int, unknown: Sequence[str], too_long: Sequence[str], fault: str
+    names: Sequence[str], repeated: int, unknown: Sequence[str], too_long: Sequence[str]
 ) -> str:
     """What was understood of the class names, one chip each."""
     marks = {**dict.fromkeys(unknown, "never seen"), **dict.fromkeys(too_long, "too long")}
@@ -94,18 +105,16 @@ def chips(
     )
     more = len(names) - CHIPS
     notes = [f"and {more:,} more"] * (more > 0) + [f"{repeated:,} repeated"] * (repeated > 0)
-    wrong = f'<p class="t-warning" role="alert">{escape(fault)}</p>' if fault else ""
     note = f'<p class="t-small">{", ".join(notes)}</p>' if notes else ""
-    return f'{wrong}<ul class="t-chips">{items}</ul>{note}'
+    return f'<ul class="t-chips">{items}</ul>{note}'
 
 
-def plan(attack: str, epsilon: Any, attacked: str, seconds: float | None) -> str:
+def plan(values: Mapping[str, Any], seconds: float | None) -> str:
     """What the button will do, and about how long that takes; plain text."""
-    method = METHODS.get(attack)
-    what = "no attack, only the answers"
+    what, method = "no attack, only the answers", METHODS.get(values["attack"])
     if method is not None:
-        radius = f"{epsilon}/255, " if method.norm == "Linf" else ""
-        what = f"{method.title}, {radius}on {attacked_title(attacked)}"
+        radius = f"{values['epsilon']}/255, " if method.norm == "Linf" else ""
+        what = f"{method.title}, {radius}on {attacked_title(values['attacked_model'])}"
     return what + ("" if seconds is None else f", about {duration(seconds)}") + " ✎"
 
 
@@ -155,13 +164,14 @@ def results(result: Comparison) -> str:
     """One row for each defence, and below it what opens: five answers, how it decided."""
     attacked = result.settings["attack"] is not None
     true = None if result.label is None else escape(_cut(result.classes[result.label]))
-    heads = ["Defence", "Original", *["Attacked"] * attacked, f"p({true})", "Time"]
-    cells = "".join(f'<th scope="col">{head}</th>' for head in heads)
-    last = '<th scope="col"><span class="t-hidden">Attack this one</span></th>'
-    body = "".join(_row(result, row, len(heads) + 1) for row in find_defenses(list(result.answers)))
+    heads = {"name": "Defence", "first": "Original", "last": "Attacked", "p": f"p({true})"}
+    heads |= {"time": "Time", "it": '<span class="t-hidden">Attack this one</span>'}
+    heads = {key: head for key, head in heads.items() if attacked or key != "last"}
+    cells = "".join(f'<th scope="col" class="t-{k}">{head}</th>' for k, head in heads.items())
+    body = "".join(_row(result, row, len(heads)) for row in find_defenses(list(result.answers)))
     return (
         f'<table class="t-table"><caption>{_caption(result)}</caption>'
-        f"<thead><tr>{cells}{last}</tr></thead><tbody>{body}</tbody></table>"
+        f"<thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
         f'<p class="t-small">{_facts(result)}</p>'
     )
 
@@ -170,17 +180,17 @@ def _row(result: Comparison, defense: Defense, width: int) -> str:
     name, answers, attacked = defense.name, result[defense.name], result.settings["attack"]
     title = escape(result.title(name))
     seen = ' <span title="attacked directly">◎</span>' if name == result.attacked_row else ""
-    cells = [f"<td>{_cell(answers.clean, _right(result, answers.clean))}</td>"]
+    cells = [f'<td class="t-first">{_cell(answers.clean, _right(result, answers.clean))}</td>']
     if attacked:
         cells.append(f"<td>{_cell(answers.attacked, _mark(result.state(name)))}</td>")
     last = answers.attacked if attacked else answers.clean
     if last is None or result.label is None:
-        cells += [f"<td>{WAITING}</td>"] * 2
+        cells += [f"<td>{WAITING}</td>", f'<td class="t-time">{WAITING}</td>']
     else:
         cells.append(
             f"<td>{_bar(float(last.probabilities[result.label]), result.label_given)}</td>"
         )
-        cells.append(f"<td>{last.seconds:.2f} s</td>")
+        cells.append(f'<td class="t-time">{last.seconds:.2f} s</td>')
     victim = name if name in ("clip", "static") else f"deployed:{name}"
     button = (
         f'<button type="button" data-attack="{escape(victim)}" title="Attack this one" '
@@ -189,8 +199,8 @@ def _row(result: Comparison, defense: Defense, width: int) -> str:
     more = _fives(result, name) + how(result, name) if result.finished else f"<p>{WAITING}</p>"
     return (
         f'<tr><th scope="row"><details><summary>{title}{seen}</summary></details></th>'
-        f"{''.join(cells)}<td>{button}</td></tr>"
-        f'<tr class="t-more"><td colspan="{width}">{more}</td></tr>'
+        + "".join([*cells, f'<td class="t-it">{button}</td></tr>'])
+        + f'<tr class="t-more"><td colspan="{width}">{more}</td></tr>'
     )
 
 
@@ -198,7 +208,7 @@ def _cell(answer: Answer | None, mark: str) -> str:
     if answer is None:
         return WAITING
     name, value = answer.top
-    return f'{mark}<span class="t-name">{escape(_cut(name))}</span> {100 * value:.0f} %'
+    return f"{mark}{escape(_cut(name))} {100 * value:.0f}&nbsp;%"
 
 
 def _mark(state: str | None) -> str:
