@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import csv
 import io
+import itertools
 import json
 import re
 import shlex
@@ -31,6 +32,7 @@ WCAG = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], "resultTypes": 
 HORSE = known.EXAMPLES[0].path
 QUICK = {"class_names": "cat, dog, horse", "attack": "pgd", "steps": 1, "true_class": "horse"}
 QUICK |= {"defenses": ["clip", "static"]}
+NUMBERS = itertools.count(1)
 expect.set_options(timeout=TIMEOUT)
 
 
@@ -43,17 +45,19 @@ def finish(page: Page) -> None:
     page.evaluate("document.querySelector('#sentence p').textContent = ''")
     run(page)
     expect(page.locator("#sentence")).to_contain_text("Done in")
+    expect(page.locator("#rows tbody tr").filter(has_text=render.WAITING)).to_have_count(0)
 
 
 def fill(page: Page, picture: Path = HORSE, **values: object) -> None:
     """Brings in a request by a link, in the tab that is open."""
+    mark = f"name {next(NUMBERS)}"  # by which it is seen to have arrived
     asked = {**QUICK, **values}
+    asked["class_names"] = f"{asked['class_names']}, {mark}"
     with Image.open(picture) as image:
         link = links.to_link(asked, image.convert("RGB"))
     page.evaluate("link => location.hash = 'x=' + link", link)
-    expect(page.locator("#class-names textarea")).to_have_value(str(asked["class_names"]))
+    expect(page.locator("#chips")).to_contain_text(mark)
     page.evaluate("location.hash = ''")
-    page.wait_for_timeout(300)
 
 
 def unfold(page: Page, name: str) -> None:
@@ -102,7 +106,7 @@ def test_the_whole_answer_is_on_the_first_screen(page: Page):
     assert names == TITLES
     for row in rows(page):
         assert any(state in row for state in STATES)
-        assert re.search(r"\d %.*\d %.*\d %.*\d\.\d\d s", row, re.DOTALL)
+        assert re.search(r"\d\s%.*\d\s%.*\d\s%.*\d\.\d\d s", row, re.DOTALL)
     bottom = shown.last.bounding_box()
     assert bottom
     assert bottom["y"] + bottom["height"] <= 800
@@ -120,7 +124,7 @@ def test_nothing_is_right_that_nobody_called_right(page: Page):
     """Fault 1: a wrong answer was certified right."""
     page.get_by_role("button", name="Coffee").click()
     expect(page.locator("#true-class input")).to_have_value("cup of coffee")
-    expect(page.locator("#chips .t-odd")).to_have_text(re.compile("cup of coffee|teapot"))
+    expect(page.locator("#chips .t-odd")).to_have_count(2)
     fill(page, known.EXAMPLES[-1].path, class_names="cat, dog", true_class="", steps=0)
     finish(page)
     assert all(re.search("kept|changed", row) for row in rows(page))
@@ -150,7 +154,7 @@ def test_an_attack_says_what_it_sees_and_what_it_costs(page: Page):
     expect(page.locator("#attack-note")).to_contain_text("Adaptive")
     fill(page, defenses=["clip", "tapt"], attacked_model="deployed:tapt", settings={"views": 4})
     finish(page)
-    expect(page.locator("#sentence")).to_contain_text(re.compile("^TAPT, attacked directly:"))
+    expect(page.locator("#sentence")).to_contain_text("TAPT, attacked directly:")
 
 
 def test_a_sweep_claims_no_more_than_it_measured(page: Page):
@@ -160,13 +164,13 @@ def test_a_sweep_claims_no_more_than_it_measured(page: Page):
     page.get_by_label("Largest epsilon").fill("2")
     go, falls = page.locator("#run-sweep"), page.locator("#falls li")
     go.click()
-    expect(page.locator("#points tbody").last.locator("tr")).to_have_count(3)
+    expect(page.locator("#points")).to_contain_text("Static prompts")
     expect(page.locator("#stop-sweep")).to_be_hidden()
     expect(falls).to_have_count(2)
     assert not any("measured" in text for text in falls.all_inner_texts())
     expect(page.locator("#curves canvas, #curves svg").first).to_be_visible()
-    page.get_by_label("Largest epsilon").fill("16")
     fill(page, steps=300)
+    page.get_by_label("Largest epsilon").fill("16")
     go.click()
     expect(falls.first).to_contain_text(re.compile(r"\(\d+ of 17 measured\)"))
     page.locator("#stop-sweep").click()
@@ -181,14 +185,14 @@ def test_results_of_earlier_inputs_look_so(page: Page):
     finish(page)
     before = rows(page)
     expect(stale).not_to_contain_text(render.EARLIER)
-    page.locator("#names button").first.click()
+    unfold(page, "names")
+    names = page.locator("#class-names textarea").input_value()
     page.locator("#class-names textarea").fill("cat")
     expect(stale).to_contain_text(render.EARLIER)
     run(page)
     expect(page.locator("#class-names")).to_contain_text("at least two class names")
-    assert page.locator("#class-names textarea").get_attribute("aria-invalid") == "true"
     assert rows(page) == before
-    page.locator("#class-names textarea").fill(QUICK["class_names"])
+    page.locator("#class-names textarea").fill(names)
     expect(stale).not_to_contain_text(render.EARLIER)
 
 
@@ -197,12 +201,12 @@ def test_whoever_waits_is_told_why(page: Page, browser: Browser, server: str):
     other = browser.new_page()
     other.goto(server)
     other.locator("#chips li").first.wait_for()
-    fill(other, steps=400)
+    fill(other, steps=1500)
     fill(page)
     run(other)
     expect(other.locator("#status")).to_contain_text("Attacking")
     run(page)
-    expect(page.locator("#status")).to_contain_text("Runs before this")
+    expect(page.locator("#status")).to_contain_text("Waiting for 1 run")
     other.locator("#stop").click()
     expect(page.locator("#sentence")).to_contain_text("Done in")
     other.close()
@@ -311,6 +315,8 @@ def test_take_away(page: Page, server: str, tmp_path: Path):
     link = page.get_by_role("link", name="Link to these inputs")
     link.click()
     expect(page.locator("#take")).to_contain_text("copied")
+    unfold(page, "names")
+    names = page.locator("#class-names textarea").input_value()
     page.get_by_role("button", name="Frog").click()
     expect(page.locator("#class-names textarea")).not_to_have_value(names)
     page.evaluate("location.hash = ''")

@@ -28,7 +28,7 @@ Raw = Mapping[Any, Any]
 Values = dict[str, Any]
 Updates = dict[Any, Any]
 CHOICES = 100  # of a dropdown; longer lists are typed
-PHASES = {"attack": "Attacking", "download": "Fetching the model", "waiting": "Runs before this"}
+PHASES = {"attack": "Attacking", "download": "Fetching the model"}
 PROGRESS = gr.Progress()
 
 
@@ -297,7 +297,11 @@ def _try(found: dict[str, str], name: str, check: Callable) -> None:
 
 
 def _report(progress: gr.Progress, at: Any) -> None:
-    if at is not None:
-        phase = PHASES.get(at.phase, at.phase)
-        unit = "bytes" if at.phase == "download" else "steps"
-        progress((at.done, max(1, at.total)), desc=phase, unit=unit)
+    if at is None:
+        return
+    phase, done, unit = PHASES.get(at.phase, at.phase), at.done, "steps"
+    if at.phase == "download":
+        unit = "bytes"
+    if at.phase == "waiting":
+        phase, done = f"Waiting for {done} run{'s' * (done > 1)}", 0
+    progress((done, max(1, at.total)), desc=phase, unit=unit)

@@ -130,11 +130,11 @@ def build_page(service: Service) -> gr.Blocks:
                 _evidence(shown, first.pack.evaluation)
         shown["link"] = _html("", "link", js_on_load=LINK)
         runs = Runs(service, fields["image"].GRADIO_CACHE)
+        add_api(runs)  # its names come first
         handlers = Handlers(service, runs, fields, shown)
         _wire_runs(handlers)
         _wire_inputs(handlers, page)
         _wire_model(handlers)
-        add_api(runs)
     return page.queue(max_size=MAX_WAITING)
 
 
@@ -315,7 +315,9 @@ def _wire_inputs(handlers: Handlers, page: gr.Blocks) -> None:
     fields, shown = handlers.fields, handlers.shown
     image, raw = fields["image"], {**QUIET, "preprocess": False}
     pictures = [image, shown["picture"]]
-    gr.on([image.upload, image.input], handlers.picture, pictures, pictures, **raw)
+    # queued, since the browser shows no word of a call that is not
+    told = {**HIDDEN, "preprocess": False}
+    gr.on([image.upload, image.input], handlers.picture, pictures, pictures, **told)
     names = ["class_names", "backbone", "attack", "attacked_model", "epsilon", "steps", "defenses"]
     names += [name for name in fields if name.endswith(".views")]
     changes = [fields[name].change for name in names]
@@ -359,7 +361,7 @@ def _wire_model(handlers: Handlers) -> None:
         [backbone, pack, former],
         [*outputs, *(fields[name] for name in fields if "." in name)],
         preprocess=False,
-        concurrency_limit=4,  # beside the runs: a download would stop everybody's
+        concurrency_limit=None,  # a download keeps nobody else waiting
         show_progress_on=backbone,
         api_visibility="private",
     )
