@@ -11,18 +11,16 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import closing
-from dataclasses import fields, is_dataclass, replace
+from copy import deepcopy
 from functools import partial
 from typing import Any, TypeVar
-
-from torch import Tensor
 
 from tapt.comparison import Comparison
 from tapt.core.errors import InputError
 from tapt.evaluation.sweep import Sweep, sweep_steps
 from tapt.model import DRAWS, Model, Progress, in_thread
 from tapt.ui import on_gpu
-from tapt.ui.inputs import Request, in_words, read_request
+from tapt.ui.inputs import Request, in_words, read_request, refusal
 from tapt.ui.service import Service
 
 T = TypeVar("T")
@@ -64,6 +62,8 @@ class Runs:
 
     def sweep(self, request: Request) -> Iterator[tuple[Progress | None, Sweep | None]]:
         """The same for a sweep over the request's epsilons."""
+        if request.attack is None:
+            raise refusal("Choose an attack first: a sweep shows what more of it does.")
         yield from self._run(request, sweeps=True)
 
     def load(self, backbone: str, pack: str) -> Generator[tuple[Progress, None], None, Model]:
@@ -117,7 +117,7 @@ class Runs:
             )
             with closing(steps):
                 for progress, result in steps:
-                    yield progress, _snapshot(result)
+                    yield progress, deepcopy(result)  # to be read while the run goes on
 
     def _duration(self, request: Request, sweeps: bool) -> int:
         """Seconds of a GPU to ask for."""
@@ -162,16 +162,3 @@ def _drain(
         events.put(("end", None))
     except Exception as error:
         events.put(("error", error))
-
-
-def _snapshot(value: Any) -> Any:
-    """A copy to read while the run goes on in its own thread, with its tensors on the CPU."""
-    if isinstance(value, Tensor):
-        return value.cpu()
-    if isinstance(value, dict):
-        return {key: _snapshot(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return list(value)
-    if is_dataclass(value) and not isinstance(value, type):
-        return replace(value, **{f.name: _snapshot(getattr(value, f.name)) for f in fields(value)})
-    return value

@@ -168,16 +168,6 @@ def in_words() -> Iterator[None]:
         raise gr.Error(BROKEN) from error  # with its traceback in the log
 
 
-class PictureInput(gr.Image):
-    """An image input that reads uploads and nothing else; handlers get RGB pictures."""
-
-    is_template = True  # the browser shows it as a plain Image
-
-    def preprocess(self, payload: ImageData | None) -> Image.Image | None:
-        with in_words():
-            return read_picture(payload, self.GRADIO_CACHE)
-
-
 @dataclass(frozen=True)
 class Request:
     """A checked request.
