@@ -125,7 +125,7 @@ class Runs:
         return min(300, 15 + int(2 * (self.service.estimate(request, attacks) or 45)))
 
 
-def with_heartbeat(steps: Generator[T, None, None], beat: float = BEAT) -> Iterator[T | None]:
+def with_heartbeat(steps: Generator[T, None, object], beat: float = BEAT) -> Iterator[T | None]:
     """The items of `steps`, from a thread of its own, and None whenever the next one takes longer
     than `beat` seconds.
 
