@@ -261,7 +261,7 @@ def page(server: str, browser: Browser, request: pytest.FixtureRequest) -> Itera
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda r: None if _is_own(r.url, server) else strangers.append(r.url))
     page.goto(server)
-    page.locator("#chips li").first.wait_for()
+    page.locator("#chips li").first.wait_for(state="attached")
     yield page
     context.close()
     assert (errors, strangers) == ([], [])

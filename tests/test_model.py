@@ -392,7 +392,10 @@ def test_the_verdict(clip, own, true, attack, sentence):
         ("cat, dog, cat\ndog", ["cat", "dog"]),
         ("sports   car,\tdog", ["sports car", "dog"]),
         ("Cat, dog, cat, d og", ["Cat", "dog"]),
-        ('cat; "dog, the hot one"; a "big" car, "', ["cat", "dog, the hot one", 'a "big" car', '"']),
+        (
+            'cat; "dog, the hot one"; a "big" car, "',
+            ["cat", "dog, the hot one", 'a "big" car', '"'],
+        ),
         ("猫, chien à poil", ["猫", "chien à poil"]),
         (["cat", "dog, horse"], ["cat", "dog, horse"]),
     ],

@@ -27,6 +27,7 @@ from tapt.ui.page import ANSWER
 TITLES = ["Vanilla CLIP", "Static prompts", "Untuned view ensemble", "TAPT", "TAPT + ensemble"]
 TITLES += ["R-TPT", "TTC"]
 STATES = ("✓ held", "✗ fooled", "○ wrong before", "↑ recovered")
+ROWS = ".t-table > tbody > tr:not(.t-more)"
 PHONE = {"viewport": {"width": 390, "height": 844}}
 WCAG = {"runOnly": ["wcag2a", "wcag2aa", "wcag21a", "wcag21aa"], "resultTypes": ["violations"]}
 HORSE = known.EXAMPLES[0].path
@@ -85,11 +86,12 @@ def message(page: Page) -> str:
     expect(page.get_by_test_id("toast-body")).to_have_count(1)
     text = page.get_by_test_id("toast-body").inner_text()
     page.get_by_test_id("toast-close").click()
+    expect(page.get_by_test_id("toast-body")).to_have_count(0)
     return text
 
 
 def rows(page: Page) -> list[str]:
-    return page.locator("#rows tbody tr:not(.t-more)").all_inner_texts()
+    return page.locator(ROWS).all_inner_texts()
 
 
 def saved(page: Page, name: str) -> bytes:
@@ -101,9 +103,10 @@ def saved(page: Page, name: str) -> bytes:
 def test_the_whole_answer_is_on_the_first_screen(page: Page):
     expect(page.locator("#plan")).to_contain_text("PGD, 4/255, on Vanilla CLIP")
     finish(page)
-    shown = page.locator("#rows tbody tr:not(.t-more)")
+    shown = page.locator(ROWS)
     names = [name.strip(" ◎") for name in shown.locator("summary").all_inner_texts()]
     assert names == TITLES
+    expect(page.locator("#rows .t-mark")).to_have_count(7)
     for row in rows(page):
         assert any(state in row for state in STATES)
         assert re.search(r"\d\s%.*\d\s%.*\d\s%.*\d\.\d\d s", row, re.DOTALL)
@@ -244,7 +247,7 @@ def test_a_refused_picture_leaves_the_former_one(page: Page):
         upload(page, data)
         assert "not a readable picture" in message(page)
         expect(picture).to_be_visible()
-        assert picture.evaluate("img => img.naturalWidth") > 100
+        page.wait_for_function("document.querySelector('#in-image img')?.naturalWidth > 100")
     large = io.BytesIO()
     Image.new("RGB", (8200, 6100)).save(large, "JPEG", quality=5)  # a phone's 50 megapixels
     former = picture.get_attribute("src")
@@ -334,7 +337,7 @@ def test_take_away(page: Page, server: str, tmp_path: Path):
         command, cwd=tmp_path, env=environment, capture_output=True, check=True
     )
     assert json.loads(printed.stdout)["results"] == numbers["results"]
-    assert page.locator("#rows img").count() == page.locator("#rows cat").count() == 0
+    assert page.locator("#rows cat").count() == 0
 
 
 def test_damaged_link_changes_nothing_but_says_so(page: Page):
@@ -351,7 +354,7 @@ def test_how_each_row_decided(page: Page):
     for summary in page.locator("#rows summary").all():
         summary.click()
     tapt, ttc = opened.nth(0), opened.nth(1)
-    assert len(re.findall("%", tapt.locator("p").first.inner_text())) == 3
+    assert len(re.findall("%", tapt.locator("p").first.inner_text())) == 4
     part = tapt.locator("section").first
     assert part.locator(".t-views li").count() == 16
     entropies = [
@@ -452,7 +455,7 @@ def test_phone_has_the_button_at_hand_and_never_scrolls_sideways(page: Page):
     fill(page, class_names="horse, " + "a" * 30, defenses=[*ANSWER], settings={"views": 4})
     finish(page)
     assert not page.evaluate(too_wide)
-    last = page.locator("#rows tbody tr:not(.t-more)").last.bounding_box()
+    last = page.locator(ROWS).last.bounding_box()
     assert last
     assert last["y"] + last["height"] <= 1.5 * 844 + 60
     small = "[...document.querySelectorAll('#rows button, #run, #examples button')]"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -48,7 +48,7 @@ def _one(result: Comparison, pixels: Tensor, answer: Answer, settings: Trace) ->
     return views + losses + pictures + table(("What", "Value"), list(rows.items()))
 
 
-def table(heads: tuple[str, ...], rows: list[tuple[str, ...]]) -> str:
+def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A small table of plain values, empty without rows."""
     if not rows:
         return ""

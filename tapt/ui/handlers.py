@@ -99,14 +99,14 @@ class Handlers:
         shown, before = self.shown, 0
         with inputs.in_words():
             request = self.runs.request(self.values(raw))
-            if request.attack is None:
-                raise InputError("Choose an attack first: a sweep shows what more of it does.")
             yield {shown["falls"]: "", shown["stop-sweep"]: _visible(True)}
             for at, result in self.runs.sweep(request):
                 _report(progress, at)
                 count = sum(map(len, result.probabilities.values())) if result else 0
-                news = result is not None and count != before
-                yield self._swept(result) if news else {shown["stop-sweep"]: gr.skip()}
+                if result is None or count == before:
+                    yield {shown["stop-sweep"]: gr.skip()}
+                else:
+                    yield self._swept(result)
                 before = count
             yield {shown["stop-sweep"]: _visible(False)}
 
@@ -114,7 +114,7 @@ class Handlers:
         points = pd.DataFrame(render.sweep_points(result))
         order, shown = list(points.defence.unique()), self.shown
         rows = points.pivot_table(index="epsilon", columns="defence", values="probability")[order]
-        limits = [0, max(1, result.epsilons[-1])]
+        limits: list[float | None] = [0, max(1, result.epsilons[-1])]
         return {
             shown["falls"]: render.sweep_notes(result),
             shown["curves"]: gr.LinePlot(points, y_title=f"p({result.label})", x_lim=limits),
@@ -166,7 +166,7 @@ class Handlers:
             "step_size": method is not None and method.step_size,
             "target": method is not None and method.targeted,
         }
-        updates = {name: {"visible": bool(on)} for name, on in applies.items()}
+        updates: dict[str, Values] = {name: {"visible": bool(on)} for name, on in applies.items()}
         updates["attacked_model"]["choices"] = attackable([*values["defenses"], attacked])
         updates["target"]["choices"] = [("any other", ""), *names[:CHOICES]]
         updates["true_class"] = {"choices": [("not known", ""), *names[:CHOICES]]}
@@ -249,7 +249,7 @@ class Handlers:
     def restore(self, event: gr.EventData) -> Updates:
         """The inputs of a link."""
         try:
-            values = links.from_link(event.link)  # type: ignore[attr-defined]
+            values = links.from_link(event.link)
             request = self.runs.request(values)
             asked, changes = request.fields, request.fields.settings or {}
             model = self.service.at_hand(asked.backbone, asked.pack)

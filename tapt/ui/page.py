@@ -25,19 +25,23 @@ from tapt.ui.service import Service
 FOLDER = Path(__file__).parent
 MAX_WAITING, MAX_SESSIONS = 32, 50  # of a session gradio keeps the last results
 ANSWER = ("clip", "static", "ensemble", "tapt", "tapt-ensemble", "rtpt", "ttc")
+Options = dict[str, Any]
 FIRST = {"attack": "pgd", "epsilon": 4, "attacked_model": "clip"}
-HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-QUIET: dict[str, Any] = {**HIDDEN, "queue": False}
+HIDDEN: Options = {"show_progress": "hidden", "api_visibility": "private"}
+QUIET: Options = {**HIDDEN, "queue": False}
 UNFIT = (
     "This request does not fit: send every parameter in the order of /gradio_api/info, and "
     "pictures as uploaded files or data: URLs."
 )
-# gradio's dropdown would open its list again when Tab leaves it
+# gradio's dropdown would open its list again when Tab leaves it, or lose the focus to a long one
 TAB_LEAVES = """() => document.addEventListener("keydown", event => {
-  if (event.key === "Tab" && event.target.role === "combobox") event.stopPropagation();
+  if (event.key !== "Tab" || event.target.role !== "combobox") return;
+  event.stopPropagation();
+  document.querySelectorAll("[role=listbox]").forEach(list => list.tabIndex = -1);
 }, true)"""
 # gradio tells no handler which values a shown result belongs to
-RAN = "(...v) => { window.taptRan = JSON.stringify(v); return '' }"
+ASKED = "(...v) => { window.taptAsked = JSON.stringify(v) }"
+RUNS = "() => { window.taptRan = window.taptAsked; return '' }"  # it was not refused
 STALE = f"""(...v) => window.taptRan && window.taptRan !== JSON.stringify(v)
   ? {json.dumps(render.note(render.EARLIER, warn=True))} : ''"""
 # after Stop or a fault, rows without an answer will not get one
@@ -144,7 +148,8 @@ def _html(value: str, elem_id: str, **options: Any) -> gr.HTML:
 
 def _field(fields: dict, name: str, kind: Any, *values: Any, **options: Any) -> None:
     """The component of a request's field, with the words of its declaration."""
-    field, own = Fields.model_fields[name], {"min_width": 120, "elem_id": name.replace("_", "-")}
+    field = Fields.model_fields[name]
+    own: Options = {"min_width": 120, "elem_id": name.replace("_", "-")}
     own |= {"label": field.title, "info": field.description, "value": field.default}
     if kind in (gr.Number, gr.Slider):
         own |= _range(field)
@@ -173,14 +178,17 @@ def _picture(fields: dict, shown: dict, backbone: str) -> None:
     with gr.Row(elem_id="examples"):
         buttons = [gr.Button(e.name, icon=e.path, size="sm", min_width=40) for e in known.EXAMPLES]
         shown["examples"] = list(zip(known.EXAMPLES, buttons, strict=True))
-    words = {"label": "What is it?", "info": "What counts as right. Empty: kept or changed."}
-    options = {**words, "value": first.true_class, "allow_custom_value": True}
+    words: Options = {
+        "label": "What is it?",
+        "info": "What counts as right. Empty: kept or changed.",
+    }
+    options: Options = {**words, "value": first.true_class, "allow_custom_value": True}
     _field(fields, "true_class", gr.Dropdown, [("not known", "")], **options)
     with gr.Accordion("It may answer …", open=False, elem_id="names") as shown["names"]:
         lists = list(known.presets(backbone))
         shown["preset"] = gr.Dropdown(lists, value=None, label="A list of names", elem_id="preset")
-        names, words = known.first_names(backbone), "By commas or one per line; quotes keep commas."
-        options = {"value": names, "info": words, "lines": 2, "max_lines": 6}
+        info = "By commas or one per line; quotes keep commas."
+        options = {"value": known.first_names(backbone), "info": info, "lines": 2, "max_lines": 6}
         _field(fields, "class_names", gr.Textbox, **options)
     shown["chips"] = _html("", "chips")
 
@@ -188,7 +196,10 @@ def _picture(fields: dict, shown: dict, backbone: str) -> None:
 def _settings(fields: dict, shown: dict, service: Service) -> None:
     backbone, pack = service.first.backbone.name, service.first.pack.name
     with gr.Accordion("Who answers, model, settings", open=False, elem_id="settings"):
-        options = {"value": list(ANSWER), "info": "With the time of one answer; each gives two."}
+        options: Options = {
+            "value": list(ANSWER),
+            "info": "With the time of one answer; each gives two.",
+        }
         choices = [(row.title, row.name) for row in all_defenses()]
         _field(fields, "defenses", gr.CheckboxGroup, choices, **options)
         options = {"value": backbone, "allow_custom_value": service.open_backbones}
@@ -209,7 +220,11 @@ def _defense(fields: dict, row: Defense, own: dict[str, Any]) -> None:
     with gr.Row():
         for name, field in row.settings.model_fields.items():
             key, kind = f"{row.name}.{name}", plain_type(field)
-            options = {"label": name.replace("_", " "), "info": field.description, "min_width": 120}
+            options: Options = {
+                "label": name.replace("_", " "),
+                "info": field.description,
+                "min_width": 120,
+            }
             if kind in (int, float) and field.default is not None:
                 fields[key] = gr.Number(own[name], **options, **_range(field))
             elif kind is bool or typing.get_origin(kind) is typing.Literal:
@@ -230,7 +245,7 @@ def _attack(fields: dict, shown: dict) -> None:
         with gr.Row():
             _field(fields, "steps", gr.Number)
             _field(fields, "step_size", gr.Number)
-            options = {"value": "", "allow_custom_value": True}
+            options: Options = {"value": "", "allow_custom_value": True}
             _field(fields, "target", gr.Dropdown, [("any other", "")], **options)
 
 
@@ -249,7 +264,7 @@ def _more(fields: dict, shown: dict) -> None:
             shown["take"] = _html(f'<p class="t-small">{render.TAKE}</p>', "take")
         with gr.Tab("Pictures"):
             name = "Original (left) and attacked (right)"
-            options = {"interactive": False, "buttons": [], "visible": False}
+            options: Options = {"interactive": False, "buttons": [], "visible": False}
             shown["slider"] = gr.ImageSlider(label=name, format="png", elem_id="slider", **options)
             shown["pictures"] = _html("", "pictures")
         with gr.Tab("Sweep"):
@@ -261,7 +276,12 @@ def _more(fields: dict, shown: dict) -> None:
             shown.update(zip(names, parts, strict=True))
             shown["falls"] = _html("", "falls")
             options = {"y_lim": [0, 1], "x_title": "epsilon, 1/255", "height": 360, "buttons": []}
-            axes = {"x": "epsilon", "y": "probability", "color": "defence", "elem_id": "curves"}
+            axes: Options = {
+                "x": "epsilon",
+                "y": "probability",
+                "color": "defence",
+                "elem_id": "curves",
+            }
             shown["curves"] = gr.LinePlot(label="Probability of the true class", **axes, **options)
             shown["points"] = gr.Dataframe(interactive=False, label="As numbers", elem_id="points")
         with gr.Tab("Words"):
@@ -275,7 +295,12 @@ def _evidence(shown: dict, rows: Any) -> None:
     chart = render.chart(rows, first["value"]) if rows else None
     shown["chart"] = gr.Plot(chart, label="Clean against attacked accuracy", elem_id="chart")
     kinds = ["number" if head in render.NUMBERS else "str" for head in heads]
-    options = {"headers": heads, "datatype": kinds, "show_search": "filter", "interactive": False}
+    options: Options = {
+        "headers": heads,
+        "datatype": kinds,
+        "show_search": "filter",
+        "interactive": False,
+    }
     shown["evidence"] = gr.Dataframe(cells, label="Recorded rows", elem_id="recorded", **options)
 
 
@@ -288,7 +313,8 @@ def _wire_runs(handlers: Handlers) -> None:
     for suffix, (fn, outputs) in named.items():
         run, stop = shown["run" + suffix], shown["stop" + suffix]
         if not suffix:  # first: gradio comes to it when the run has ended otherwise
-            run.click(None, every, shown["stale"], js=RAN, **QUIET)
+            run.click(None, every, js=ASKED, **QUIET)
+            shown["sentence"].change(None, None, shown["stale"], js=RUNS, **QUIET)
         event = run.click(
             fn,
             set(every),
@@ -317,7 +343,7 @@ def _wire_inputs(handlers: Handlers, page: gr.Blocks) -> None:
     pictures = [image, shown["picture"]]
     # queued, since the browser shows no word of a call that is not
     told = {**HIDDEN, "preprocess": False}
-    gr.on([image.upload, image.input], handlers.picture, pictures, pictures, **told)
+    image.upload(handlers.picture, pictures, pictures, **told)
     names = ["class_names", "backbone", "attack", "attacked_model", "epsilon", "steps", "defenses"]
     names += [name for name in fields if name.endswith(".views")]
     changes = [fields[name].change for name in names]

@@ -431,7 +431,10 @@ def chart(rows: Sequence[Row], chosen: str) -> Figure:
         spread: list[list[list[float]]] = []
         for value, key in ((x, "clean_ci95"), (y, "ci95")):
             spread.append([[abs(value - 100 * row[key][0])], [abs(100 * row[key][1] - value)]])
-        look = {"alpha": 0.35 if row["n"] < THIN else 1.0, "color": f"C{number % 10}"}
+        look: dict[str, Any] = {
+            "alpha": 0.35 if row["n"] < THIN else 1.0,
+            "color": f"C{number % 10}",
+        }
         marker = "os^Dv<>P*X"[number % 10]
         axes.errorbar(x, y, spread[1], spread[0], marker, capsize=3, label=_row_title(row), **look)
     axes.set(xlabel="accuracy on clean pictures, %", ylabel="on attacked pictures, %")
