@@ -305,8 +305,8 @@ def test_take_away(page: Page, server: str, tmp_path: Path):
     """Fault 11 among others: copying gave no sign, and a link in an open tab did nothing."""
     settings = {"ensemble.views": 8, "ensemble.keep": 0.5}
     names = 'kitten, "dog" & <cat>, "ship, large"'
-    fill(page, class_names=names, true_class="", attacked_model="static", settings=settings)
-    fill(page, class_names=names, true_class="", settings=settings, defenses=["clip", "ensemble"])
+    answer = {"attacked_model": "static", "defenses": ["clip", "ensemble"], "settings": settings}
+    fill(page, class_names=names, true_class="", **answer)
     finish(page)
     numbers = json.loads(saved(page, "All numbers"))
     assert numbers["settings"]["test_time"]["ensemble"] == {"views": 8, "keep": 0.5}
@@ -475,7 +475,7 @@ def test_a_defence_of_somebody_else_has_its_fields_its_row_and_its_trace(flips, 
     monkeypatch.setattr(Flips, "predict", predict)
     monkeypatch.setattr("tapt.ui.page.ANSWER", ("clip", "flips"))
     page = serve.build(serve.parse_args(["--device", "cpu"]))
-    fn = next(fn for fn in page.fns.values() if fn.name == "compare")
+    fn = next(fn for fn in page.fns.values() if fn.name == "compare" and fn.inputs_as_dict)
     values = {block: block.value for block in fn.inputs}
     labels = {block.label: block for block in fn.inputs}
     assert labels["flips"].info == "how often a coin is thrown"

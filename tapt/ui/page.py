@@ -395,4 +395,5 @@ def _wire_model(handlers: Handlers) -> None:
     pack.focus(handlers.packs, [backbone, pack], pack, preprocess=False, **HIDDEN)
     condition = shown["condition"]
     condition.change(handlers.evidence, [condition, former], shown["chart"], **QUIET)
-    shown["link"].click(handlers.restore, None, [*fields.values(), former], **HIDDEN)
+    told = {**HIDDEN, "trigger_mode": "always_last"}
+    shown["link"].click(handlers.restore, None, [*fields.values(), former], **told)
