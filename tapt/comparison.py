@@ -103,21 +103,37 @@ class Comparison:
         untrained = row.uses_prompts and not self.settings["trained"]
         return f"{row.title}, {UNTRAINED}" if untrained else row.title
 
-    def verdict(self) -> str:
-        """One sentence that says what happened; plain text, empty before the first answer."""
+    @property
+    def attacked_row(self) -> str | None:
+        """The defence that the attack saw, where it is among the answers."""
+        kind, _, name = (self.settings["attacked_model"] or "").partition(":")
+        return (name or kind) if (name or kind) in self.answers else None
+
+    def counts(self) -> str:
+        """How many defences are in which state, the attacked model's first; names where they are
+        few. Without an attack right and wrong, or what was answered."""
         groups: dict[str, list[str]] = {}
-        for name, answers in self.answers.items():
-            word = self.state(name)
-            if self.settings["attack"] is None and answers.clean is not None:
-                word = f"answer {answers.clean.top[0]}"
-            elif word in ("kept", "changed"):
-                word += " the answer"
+        for name in sorted(self.answers, key=lambda name: name != self.attacked_row):
+            clean, word = self[name].clean, self.state(name)
+            if self.settings["attack"] is None and clean is not None and self.label is not None:
+                right = clean.top[0] == self.classes[self.label]
+                word = ("right" if right else "wrong") if self.label_given else clean.top[0]
             if word is not None:
                 groups.setdefault(word, []).append(self.title(name))
-        parts = [f"{len(names)} {word} ({', '.join(names)})" for word, names in groups.items()]
-        sentences = [f"{'; '.join(parts)}."] if parts else []
-        if parts and self.label_given and self.label is not None:
-            sentences.append(f"The true class is {self.classes[self.label]}.")
+        few = {word: f" ({', '.join(names)})" for word, names in groups.items() if len(names) < 3}
+        return ", ".join(f"{len(names)} {w}{few.get(w, '')}" for w, names in groups.items())
+
+    def verdict(self) -> str:
+        """What happened, the attacked model first; plain text, empty before the first state."""
+        row, sentences = self.attacked_row, []
+        if row and (state := self.state(row)) is not None:
+            answers = [answer.top[0] for answer in (self[row].clean, self[row].attacked) if answer]
+            change = ", then ".join(dict.fromkeys(answers))
+            sentences.append(f"{self.title(row)}, attacked directly: {state} ({change}).")
+        if counts := self.counts():
+            sentences.append(f"In all {counts}.")
+            if self.label_given and self.label is not None:
+                sentences.append(f"The true class is {self.classes[self.label]}.")
         return " ".join(sentences)
 
     def to_dict(self) -> dict[str, Any]:

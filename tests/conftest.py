@@ -256,8 +256,8 @@ def serving(folder: Path, *options: str, **settings: str) -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The page as it starts without options."""
-    with serving(tmp_path_factory.mktemp("page")) as address:
+    """The page as it starts without options, with its tools for agents."""
+    with serving(tmp_path_factory.mktemp("page"), GRADIO_MCP_SERVER="true") as address:
         yield address
 
 
@@ -292,7 +292,7 @@ def browser() -> Iterator[Browser]:
 def page(server: str, browser: Browser, request: pytest.FixtureRequest) -> Iterator[Page]:
     """A fresh page with its first picture loaded; at the end, no script error and no request to
     anywhere else. A parameter holds options of the browser's context."""
-    options = {"viewport": {"width": 1280, "height": 900}, **getattr(request, "param", {})}
+    options = {"viewport": {"width": 1280, "height": 800}, **getattr(request, "param", {})}
     context = browser.new_context(**options)
     page = context.new_page()
     page.set_default_timeout(TIMEOUT)
@@ -301,8 +301,7 @@ def page(server: str, browser: Browser, request: pytest.FixtureRequest) -> Itera
     page.on("pageerror", lambda error: errors.append(str(error)))
     page.on("request", lambda r: None if _is_own(r.url, server) else strangers.append(r.url))
     page.goto(server)
-    page.locator("#preview img").wait_for()
-    page.locator("#model-line", has_text="Prompts:").wait_for()
+    page.locator("#chips li").first.wait_for(state="attached")
     yield page
     context.close()
     assert (errors, strangers) == ([], [])

@@ -12,17 +12,16 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 MAX_BYTES = 150_000
-DESKTOP = {"viewport": {"width": 1200, "height": 1360}}
-PHONE = {"viewport": {"width": 390, "height": 1580}, "color_scheme": "dark"}
+DESKTOP = {"viewport": {"width": 1280, "height": 800}}
+PHONE = {"viewport": {"width": 390, "height": 1340}, "color_scheme": "dark"}
 
 
 def run(page: Page, url: str) -> None:
     page.set_default_timeout(TIMEOUT)
     page.goto(url)
-    page.locator("#preview img").wait_for()
-    page.locator("#model-line", has_text="Prompts:").wait_for()
-    page.get_by_role("button", name="Run", exact=True).click()
-    page.locator("#status", has_text="Finished").wait_for()
+    page.locator("#chips li").first.wait_for(state="attached")
+    page.get_by_role("button", name="Attack this picture").click()
+    page.locator("#sentence", has_text="Done in").wait_for()
     page.wait_for_timeout(700)
 
 
@@ -50,8 +49,6 @@ def main() -> None:
         save(page.screenshot(), folder / "screenshot.png")
         page = browser.new_page(**PHONE)
         run(page, url)
-        page.evaluate("document.querySelector('#run').scrollIntoView()")
-        page.wait_for_timeout(300)
         save(page.screenshot(), folder / "screenshot-phone.png")
         browser.close()
 

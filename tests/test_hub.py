@@ -38,7 +38,7 @@ from tapt.packs.backbones import CONFIG_FILE, WEIGHTS_FILE, load_backbone
 from tapt.packs.card import write_pack
 from tapt.packs.format import CONFIG, PROMPTS, STATISTICS, hub_packs, load_pack
 from tapt.packs.hub import HubId, parse_id
-from tapt.ui.service import load_service
+from tapt.ui.service import Service
 
 REPO = "owner/pack"
 
@@ -508,7 +508,7 @@ def test_packs_of_the_hub_that_fit(hub, clip, files, published):
 
 
 def test_the_pages_service(hub, clip, files, published):
-    service = load_service(None, REPO, "cpu")
+    service = Service(None, REPO, "cpu", allow_packs="any")
     first = service.first
     assert first.pack.name == REPO
     assert service.hub_packs(first.backbone.name) == [REPO]
@@ -523,7 +523,7 @@ def test_the_pages_service(hub, clip, files, published):
 
 
 def test_nobody_waits_for_another_visitors_pack(hub, clip, files, published):
-    service = load_service("hf-hub:owner/clip", None, "cpu")
+    service = Service("hf-hub:owner/clip", None, "cpu", allow_packs="any")
     loaded = service.model(pack=REPO)
     hub.commit("owner/slow", changed(files))
     hub.commit("owner/other", changed(files))

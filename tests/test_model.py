@@ -19,7 +19,7 @@ from tapt.core.attacks import Attack, attack_images
 from tapt.core.errors import BackboneError, InputError, PackError
 from tapt.core.images import to_float, to_uint8
 from tapt.core.views import image_seeds
-from tapt.data.names import parse_classes
+from tapt.data.names import names_text, parse_classes
 from tapt.defenses import ImageBatch, find_defenses
 from tapt.model import QUICK, Model, load
 from tapt.packs.format import save_pack
@@ -231,7 +231,7 @@ def test_a_defence_of_somebody_else_is_compared(model, image, flips):
     assert flips.title in str(result)
 
 
-NAMES = ("cat", "dog", "car")
+NAMES, SEEN = ("cat", "dog", "car"), ("attack", "attacked_model")
 
 
 def comparison(
@@ -241,7 +241,8 @@ def comparison(
         values = torch.tensor([0.8 if n == name else 0.1 for n in NAMES])
         return name and Answer(NAMES, values, {}, 0.0)
 
-    settings = {"trained": True, "attack": {} if attack else None}
+    seen = {"attack": {}, "attacked_model": "clip"} if attack else dict.fromkeys(SEEN)
+    settings = {"trained": True, **seen}
     rows = {name: Answers(*map(answer, pair)) for name, pair in answers.items()}
     clean = rows["clip"].clean
     label = true or (clean and clean.top[0])
@@ -277,23 +278,25 @@ def test_what_the_attack_did_to_a_defence(clean, attacked, true, state):
             ("cat", "cat"),
             "cat",
             True,
-            "1 fooled (Vanilla CLIP); 1 held (TAPT). The true class is cat.",
+            "Vanilla CLIP, attacked directly: fooled (cat, then dog). "
+            "In all 1 fooled (Vanilla CLIP), 1 held (TAPT). The true class is cat.",
         ),
         (
             ("cat", "dog"),
             ("cat", "cat"),
             None,
             True,
-            "1 changed the answer (Vanilla CLIP); 1 kept the answer (TAPT).",
+            "Vanilla CLIP, attacked directly: changed (cat, then dog). "
+            "In all 1 changed (Vanilla CLIP), 1 kept (TAPT).",
         ),
         (("cat", None), (None, None), "cat", True, ""),
-        (("cat", None), ("cat", None), None, False, "2 answer cat (Vanilla CLIP, TAPT)."),
+        (("cat", None), ("cat", None), None, False, "In all 2 cat (Vanilla CLIP, TAPT)."),
         (
             ("cat", None),
             ("dog", None),
             "dog",
             False,
-            "1 answer cat (Vanilla CLIP); 1 answer dog (TAPT). The true class is dog.",
+            "In all 1 wrong (Vanilla CLIP), 1 right (TAPT). The true class is dog.",
         ),
     ],
 )
@@ -309,13 +312,17 @@ def test_the_verdict(clip, own, true, attack, sentence):
         ("  cat ,, dog,\n\n , horse ", ["cat", "dog", "horse"]),
         ("cat, dog, cat\ndog", ["cat", "dog"]),
         ("sports   car,\tdog", ["sports car", "dog"]),
-        ("Cat, dog, cat", ["Cat", "dog"]),
+        ("Cat, dog, cat, d og", ["Cat", "dog"]),
+        (
+            'cat; "dog, the hot one"; a "big" car, "',
+            ["cat", "dog, the hot one", 'a "big" car', '"'],
+        ),
         ("猫, chien à poil", ["猫", "chien à poil"]),
         (["cat", "dog, horse"], ["cat", "dog, horse"]),
     ],
 )
 def test_class_names_are_read_from_text(text: str | list[str], expected: list[str]):
-    assert parse_classes(text) == expected
+    assert parse_classes(text) == parse_classes(names_text(expected)) == expected
 
 
 @pytest.mark.parametrize(

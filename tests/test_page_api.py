@@ -1,9 +1,11 @@
-"""The page's endpoints over HTTP, with every kind of bad input, and its parts on their own."""
+"""The page's endpoints over HTTP and MCP, with every kind of bad input, and what serves them."""
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import concurrent.futures
+import gc
 import io
 import json
 import os
@@ -12,34 +14,38 @@ import re
 import subprocess
 import sys
 import threading
+import urllib.error
 import urllib.request
+import weakref
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
+import gradio as gr
 import numpy as np
 import pytest
-import torch
 import yaml
 from gradio_client import Client, handle_file
 from huggingface_hub import SpaceCardData
+from mcp import ClientSession
+from mcp.client.streamable_http import streamable_http_client
+from mcp.types import CallToolResult, Tool
 from PIL import Image
 
 import tapt.core.clip
 import tapt.ui
-from tapt.core.attacks import METHODS
+from tapt.core.backbone import Backbone
 from tapt.core.errors import InputError, PackError
-from tapt.data.names import class_names
 from tapt.defenses import Defense, list_defenses
-from tapt.evaluation.sweep import Sweep
-from tapt.ui import background, chart, inputs, known, links, render, serve
-from tapt.ui.handlers import Handlers
+from tapt.ui import api, background, inputs, serve
+from tapt.ui.background import Runs
 from tapt.ui.page import build_page, launch_options
-from tapt.ui.service import load_service
+from tapt.ui.service import Service
 
 ROOT = Path(__file__).resolve().parents[1]
 PICTURE = ROOT / "tapt" / "examples" / "cat.png"
-FAST = {"views": 4, "steps": 2}
+FAST = {"settings": {"views": 4}, "steps": 2}
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -60,11 +66,19 @@ def client(server: str) -> Client:
     return Client(server, verbose=False)
 
 
+@pytest.fixture
+def service(toy_folder: Path) -> Service:
+    return Service(f"local-dir:{toy_folder}", device="cpu")
+
+
+def values_of(**values: object) -> dict:
+    return {"image": RED, "class_names": "cat, dog", **FAST, **values}
+
+
 def post(server: str, endpoint: str, **values: object) -> tuple[str, object]:
     """The last event of a raw call and its data, as any HTTP client could get them."""
-    given = {"image": RED, "class_names": "cat, dog", **FAST, **values}
     fields = inputs.SWEEP_FIELDS if endpoint == "sweep" else inputs.FIELDS
-    return call(server, endpoint, [given.get(name) for name in fields])
+    return call(server, endpoint, [values_of(**values).get(name) for name in fields])
 
 
 def call(server: str, endpoint: str, data: list) -> tuple[str, object]:
@@ -78,64 +92,52 @@ def call(server: str, endpoint: str, data: list) -> tuple[str, object]:
     return kind.removeprefix("event: "), json.loads(data.removeprefix("data: "))
 
 
-def refused(server: str, **values: object) -> str:
-    kind, data = post(server, "analyze", **values)
-    assert kind == "error", data
-    assert str(ROOT) not in data["error"]
-    return data["error"]
-
-
 def analyzed(server: str, **values: object) -> dict:
     kind, data = post(server, "analyze", **values)
     assert kind == "complete", data
     return data[0]
 
 
-def test_compare_returns_every_value(client: Client):
+def agent(server: str, *calls: tuple[str, dict]) -> tuple[list[Tool], list[CallToolResult]]:
+    """The tools, and the results of calling some, by the reference client."""
+
+    async def run() -> tuple[list[Tool], list[CallToolResult]]:
+        url = f"{server}/gradio_api/mcp/"
+        async with (
+            streamable_http_client(url) as (reader, writer, *_),
+            ClientSession(reader, writer) as session,
+        ):
+            await session.initialize()
+            tools = (await session.list_tools()).tools
+            return tools, [await session.call_tool(*each) for each in calls]
+
+    return asyncio.run(run())
+
+
+def test_compare_and_analyze_return_every_value(client: Client):
     options = {"class_names": "cat, dog, ship", "attack": "pgd", "epsilon": 2, **FAST}
-    options["attacked_model"] = "static"
-    status, verdict, answers, slider, perturbation, did, downloads, result = client.predict(
-        handle_file(PICTURE), **options, true_class="Dog", api_name="/compare"
+    options |= {"attacked_model": "static", "true_class": "Dog"}
+    verdict, table, *pictures, result = client.predict(
+        handle_file(PICTURE), **options, api_name="/compare"
     )
-    assert "Finished" in status
-    assert "t-sentence" in verdict
-    assert "</table>" in answers
-    assert "data:image/png" in perturbation
-    assert "t-views" in did
-    assert "tapt.json" in downloads
-    clean, attacked = (Image.open(path) for path in slider)
-    assert clean.size == attacked.size == (32, 32)
-    assert result["finished"] is True
+    assert "The true class is dog." in verdict
+    assert "PGD-2 on Static prompts, epsilon 2/255" in table
+    clean, attacked = (np.asarray(Image.open(path), int) for path in pictures)
+    assert clean.shape == attacked.shape == (32, 32, 3)
     assert (result["label"], result["label_given"]) == ("dog", True)
-    assert result["settings"]["attacked_model"] == "static"
     assert result["settings"]["test_time"]["tapt"]["views"] == 4
-    assert 1 <= result["linf_255"] <= result["settings"]["epsilon_255"] == 2
-    measured = np.abs(np.asarray(clean, int) - np.asarray(attacked, int)).max()
-    assert measured == result["linf_255"]
-    assert list(result["results"]) == ["clip", "static", "ensemble", "tapt"]
-    for kinds in result["results"].values():
-        for probabilities in kinds.values():
-            assert sum(probabilities) == pytest.approx(1, abs=1e-4)
-
-    same = client.predict(handle_file(PICTURE), **options, true_class="dog", api_name="/analyze")
-    assert same["results"] == result["results"]
-    assert set(same) == set(result) - {"verdict", "finished", "unknown_classes"}
-
+    assert 1 <= result["linf_255"] == np.abs(clean - attacked).max() <= 2
+    same = client.predict(handle_file(PICTURE), **options, api_name="/analyze")
+    assert (same["results"], set(same)) == (result["results"], set(result))
     # the PNG keeps the attack
-    again = client.predict(
-        handle_file(slider[1]),
-        class_names="cat, dog, ship",
-        attack="none",
-        views=4,
-        api_name="/analyze",
-    )
+    options |= {"attack": "none"}
+    again = client.predict(handle_file(pictures[1]), **options, api_name="/analyze")
     for name, kinds in result["results"].items():
         assert again["results"][name]["clean"] == kinds["attacked"]
 
 
 def test_analyze_returns_what_the_command_prints(server: str, client: Client):
     names = list_defenses()
-    assert len(names) == 10
     command = [sys.executable, "-m", "tapt", "predict", str(PICTURE), "--classes", "cat,dog,ship"]
     command += ["--attack", "apgd", "--epsilon", "3/255", "--steps", "2", "--seed", "5"]
     command += ["--views", "4", "--device", "cpu", "--json", "--defenses", ",".join(names)]
@@ -145,27 +147,75 @@ def test_analyze_returns_what_the_command_prints(server: str, client: Client):
     result = client.predict(
         handle_file(PICTURE), class_names="cat\ndog\nship", **options, api_name="/analyze"
     )
-    assert result["settings"] == expected["settings"]
-    assert set(result) == set(expected)
+    assert (set(result), result["settings"]) == (set(expected), expected["settings"])
     assert list(result["results"]) == names
     for name, kinds in expected["results"].items():
         for kind, probabilities in kinds.items():
             assert result["results"][name][kind] == pytest.approx(probabilities, abs=1e-5)
 
 
+def test_settings_are_of_one_defence_or_of_all_that_have_them(server: str):
+    changes = {"views": 4.0, "tapt.views": 5, "ensemble.keep": 0.5}
+    used = analyzed(server, attack="none", settings=changes)["settings"]["test_time"]
+    assert (used["tapt"]["views"], used["ensemble"]["views"]) == (5, 4)
+    assert used["ensemble"]["keep"] == 0.5
+
+
 def test_endpoints_and_their_parameters_are_documented(server: str):
     with urllib.request.urlopen(f"{server}/gradio_api/info") as answer:
         info = json.load(answer)
+    short = {"/analyze_short", "/sweep_short"}
     assert info["unnamed_endpoints"] == {}
-    assert set(info["named_endpoints"]) == {"/compare", "/analyze", "/sweep"}
-    for entry in info["named_endpoints"].values():
-        names = [parameter["parameter_name"] for parameter in entry["parameters"]]
-        assert set(names) >= set(inputs.FIELDS) - {"epsilon"}
-        assert all(re.search(rf"\b{name}\b", entry["description"]) for name in names)
-        required = [
-            p["parameter_name"] for p in entry["parameters"] if not p["parameter_has_default"]
-        ]
-        assert required == ["image"]
+    assert set(info["named_endpoints"]) == {"/compare", "/analyze", "/sweep", *short}
+    for path, entry in info["named_endpoints"].items():
+        parameters = {p["parameter_name"]: p for p in entry["parameters"]}
+        assert set(parameters) >= set(inputs.FIELDS) - {"epsilon"}
+        for name, parameter in parameters.items():
+            assert path in short or re.search(rf"\b{name}: \w", entry["description"])
+            assert parameter["parameter_has_default"] == (name != "image")
+
+
+def test_an_agent_has_two_tools_and_gets_short_json(server: str):
+    picture = RED["url"]
+    asked = {"image": picture, "class_names": "cup, teapot", "attack": "pgd", **FAST}
+    tools, (analysis, sweep, refused, threat) = agent(
+        server,
+        ("analyze", {**asked, "true_class": "cup", "target": "teapot", "pack": ""}),
+        ("sweep", {**asked, "attack": "square", "max_epsilon": 2}),
+        ("analyze", {**asked, "true_class": "kettle"}),
+        ("analyze", {**asked, "pack": "/etc"}),
+    )
+    assert [tool.name for tool in tools] == ["analyze", "sweep"]
+    for tool in tools:
+        assert tool.inputSchema["required"] == ["image"]
+        for parameter in tool.inputSchema["properties"].values():
+            assert len(parameter["description"]) > 10
+            assert "enum" not in parameter
+    text, image, *_ = analysis.content
+    result = json.loads(text.text)
+    assert result["true_class"] == "cup"
+    assert set(result["defenses"]["clip"]) == {"state", "clean", "attacked"}
+    assert result["defenses"]["clip"]["state"] in ("held", "fooled", "wrong before", "recovered")
+    assert result["settings"]["target"] == "teapot"
+    png = Image.open(io.BytesIO(base64.b64decode(image.data)))
+    assert (image.mimeType, png.size) == ("image/png", (32, 32))
+    result = json.loads(sweep.content[0].text)
+    assert (result["epsilons"], len(result["probabilities"]["tapt"])) == ([0, 1, 2], 3)
+    assert refused.isError
+    assert "The true class 'kettle' is not one of the class names" in refused.content[0].text
+    assert "This page offers the packs" in threat.content[0].text
+
+
+def test_an_agents_text_is_short_whatever_the_names(service: Service):
+    runs = Runs(service, "/nowhere")
+    names = ",".join("abcdefgh")
+    request = runs.request(values_of(class_names=names, true_class="h", attack="pgd"))
+    *_, (_, result) = runs.compare(request)
+    result.classes = tuple(f"{n} " + "猫" * 99 for n in result.classes)
+    result.answers = {name: result.answers["tapt"] for name in list_defenses()}
+    text = api.short_comparison(result)
+    assert len(text.encode()) <= api.MAX_BYTES
+    assert set(json.loads(text)["defenses"]) == set(list_defenses())
 
 
 @pytest.mark.parametrize(
@@ -184,100 +234,6 @@ def test_sweep_refuses_in_words(server: str, values: dict, message: str):
     assert message in data["error"]
 
 
-ROW = {
-    "dataset": "dev",
-    "attack": "pgd",
-    "attacked_model": "clip",
-    "defense": "tapt",
-    "steps": 20,
-    "epsilon_255": 2,
-    "n": 100,
-    "clean_accuracy": 0.9,
-    "accuracy": 0.5,
-    "ci95": [0.25, 0.75],
-}
-
-
-def published(*changes: dict) -> str:
-    return render.published(SimpleNamespace(evaluation=[{**ROW, **change} for change in changes]))
-
-
-def test_published_accuracy_is_drawn_per_attack():
-    random = {"settings": {"random_start": True}}
-    shown = published(
-        *(
-            {**defense, "attacked_model": attacked, "epsilon_255": e, "accuracy": 0.9 - e / 10}
-            for defense in ({"defense": "clip"}, {}, random)
-            for attacked in ("clip", "deployed")
-            for e in (4, 1)
-        ),
-        {"attack": "cw", "epsilon_255": None},
-    )
-    assert shown.count("<figure") == 2
-    assert "<figcaption>PGD-20 on each defence as deployed (dev, n = 100)<" in shown
-    assert shown.count("TAPT, 4: 50.0 %") == 2
-    assert shown.count("<td>25.0 % to 75.0 %</td>") == 12
-    assert "TAPT (random start), 4: 50.0 %" in shown
-    shown = published({"attacked_model": "all", "attack": "worst", "steps": None})
-    assert "The worst, for each picture, of the attacks run on it (dev, n = 100)<" in shown
-    assert "<figcaption>&lt;i&gt;-20 on Vanilla CLIP (&lt;b&gt;, n = 100)<" in published(
-        {"attack": "<i>", "dataset": "<b>", "defense": "<u>"}
-    )
-    assert "None yet." in published()
-
-
-def test_of_many_published_charts_one_for_each_attacked_model_is_open():
-    conditions = [(attacked, n) for attacked in ("clip", "deployed") for n in (100, 300, 200)]
-    shown = published(*({"attacked_model": a, "n": n, "steps": n // 10} for a, n in conditions))
-    opened, rest = shown.split("More attacks and epsilons")
-    folded, table = rest.split("All of them")
-    assert opened.count("<figcaption>") == 2 == opened.count("<figcaption>PGD-30 ")
-    assert (folded.count("<figcaption>"), table.count("<tr>")) == (4, 7)
-
-
-@pytest.mark.parametrize(
-    ("answers", "given", "words"),
-    [
-        ("cccc", True, "right everywhere"),
-        ("ccdd", True, "wrong from 4/255 on"),
-        ("dddd", True, "wrong from 0/255 on"),
-        ("cdcd", True, "wrong at 2/255, 6/255"),
-        ("cd", True, "wrong at 2/255"),
-        ("dddd", False, "kept everywhere"),
-        ("ddcc", False, "changed from 4/255 on"),
-    ],
-)
-def test_a_sweep_says_in_words_where_each_defence_falls(answers: str, given: bool, words: str):
-    settings = {"attack": {"name": "pgd"}, "attacked_model": "deployed:tapt"}
-    values = {"tapt": [0.5] * len(answers)}
-    shown = render.sweep(Sweep("c", given, (0, 2, 4, 6), settings, values, {"tapt": [*answers]}))
-    assert f"<li>TAPT: {words}</li>" in shown
-    assert "The attack sees TAPT as deployed." in shown
-    assert ("true class" in shown) == given
-
-
-@pytest.mark.parametrize(
-    ("value", "end"),
-    [(0, 1), (0.488, 0.6), (0.07, 0.08), (1, 1), (33, 40), (0.3, 0.4), (95, 100)],
-)
-def test_a_charts_axis_ends_at_a_round_number(value: float, end: float):
-    shown = chart.line_chart(
-        {"a": [(0, value)]}, title="t", x_label="x", x_range=(0, 1), y_max=value, x_ticks=[0]
-    )
-    assert f'text-anchor="end">{end:g}</text>' in shown
-
-
-@pytest.mark.parametrize("name", METHODS)
-def test_every_attack_and_attacked_model_is_explained(name: str):
-    for attacked in ("clip", "static", "deployed"):
-        note = render.attack_note(METHODS[name], attacked)
-        assert f"<strong>{METHODS[name].title}:</strong>" in note
-        words = [word for word in ("white-box", "adaptive", "black-box") if f", {word}" in note]
-        gradients = "adaptive" if attacked == "deployed" else "white-box"
-        assert words == ["black-box" if name == "square" else gradients]
-    assert ("L2" in note) == (name == "cw")
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -285,25 +241,34 @@ def test_every_attack_and_attacked_model_is_explained(name: str):
         ({"image": {"path": str(PICTURE)}}, "not an uploaded file"),
         ({"image": {"path": "/etc/hostname", "url": "http://127.0.0.1/a.png"}}, "not an uploaded"),
         ({"image": None}, "Choose a picture first"),
+        ({"image": "x"}, "Send the picture as an uploaded file"),
+        ({"image": {"path": 3}}, "Send the picture as an uploaded file"),
+        ({"image": inline(b"no picture")}, "not a readable picture"),
+        ({"image": {"url": "data:image/png,x"}}, "not valid base64"),
         ({"image": inline(encoded(Image.new("L", (13000, 13000))))}, "too large"),
         ({"class_names": "cat, \ud800"}, "must be valid Unicode"),
         ({"class_names": "cat"}, "at least two class names"),
         ({"class_names": ",".join(str(i) for i in range(100_000))}, "at most 100,000 characters"),
         ({"class_names": "cat, " + "very " * 40 + "long cat"}, "very very"),
         ({"attack": True}, "attack must be one of none, pgd"),
+        ({"attack": "nope"}, "attack must be one of none, pgd"),
         ({"epsilon": float("nan")}, "epsilon must be a whole number from 0 to 16, got nan"),
         ({"epsilon": True}, "epsilon must be a whole number"),
         ({"epsilon": 99}, "epsilon must be a whole number from 0 to 16, got 99"),
         ({"step_size": float("nan")}, "step_size must be"),
         ({"seed": 10**30}, "seed must be a whole number"),
-        ({"views": 0}, "views must be"),
-        ({"alpha": 2}, "alpha must be a number from 0 to 1"),
+        ({"settings": {"views": 0}}, "views must be a whole number from 1 to"),
+        ({"settings": {"tapt.alpha": float("nan")}}, "alpha must be a number from 0 to 1, got nan"),
+        ({"settings": {"clip.views": 3}}, "'clip.views' is a setting of no defence"),
+        ({"settings": {"\ud800": 3}}, "is a setting of no defence"),
+        ({"settings": ["views", 3]}, "settings must be an object of names and values"),
         ({"attacked_model": "everything"}, "must be one of clip, static"),
+        ({"attacked_model": "deployed:nope"}, "Defence 'nope' is unknown"),
         ({"defenses": ["nope"]}, "Defence 'nope' is unknown; choose from clip, static"),
         ({"defenses": "tapt"}, "defenses must be a list of names"),
+        ({"defenses": []}, "Choose at least one defence"),
         ({"true_class": "<i>bird</i>"}, "&lt;i&gt;bird&lt;/i&gt;' is not one of the class names"),
         ({"attack": "pgd", "target": "bird"}, "The target 'bird' is not one of the class names"),
-        ({"attack": "pgd", "true_class": "cat", "target": "cat"}, "is the true class already"),
         ({"attack": "apgd", "target": "dog", "true_class": "cat"}, "cannot aim at a class"),
         ({"backbone": "local-dir:/etc"}, "This page offers the backbones tiny"),
         ({"pack": "/etc"}, "This page offers the packs"),
@@ -315,16 +280,36 @@ def test_every_attack_and_attacked_model_is_explained(name: str):
     ],
 )
 def test_bad_values_are_refused_in_words(server: str, changes: dict, message: str):
-    assert message in refused(server, **{"attack": "none", **changes})
+    kind, data = post(server, "analyze", **{"attack": "none", **changes})
+    assert kind == "error", data
+    assert message in data["error"]
+    assert str(ROOT) not in data["error"]
 
 
-def gradient() -> Image.Image:
-    values = np.add.outer(np.arange(40), np.arange(60))
-    return Image.fromarray((values * 2).astype(np.uint8))
+@pytest.mark.parametrize(
+    "data",
+    [
+        [],
+        [None],
+        [{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}, *[None] * 20],
+        [{"path": "http://127.0.0.1:1/a.png", "meta": {"_type": "gradio.FileData"}}, *[None] * 20],
+    ],
+)
+def test_requests_that_gradio_cannot_read_are_refused_in_words(server: str, data: list):
+    for endpoint in ("analyze", "compare", "sweep", "analyze_short"):
+        kind, answer = call(server, endpoint, data)
+        assert kind == "error"
+        assert "This request does not fit" in answer["error"]
+
+
+def test_gradio_itself_opens_no_picture(service: Service):
+    """Its image input would open any file of the server that a request names."""
+    events = [fn for fn in build_page(service).fns.values() if fn.fn and fn.preprocess]
+    assert not [fn for fn in events for given in fn.inputs if isinstance(given, gr.Image)]
 
 
 def test_names_in_any_script(server: str):
-    names = ["قطة", "כלב", "🐸", "猫", "a\u0301ne", "&lt;b&gt;", "' OR 1=1 --"]
+    names = ["قطة", "כלב", "🐸", "猫", "a\u0301ne", "<b>x</b>", "' OR 1=1 --"]
     assert analyzed(server, class_names="\n".join(names), attack="none")["classes"] == names
 
 
@@ -338,28 +323,39 @@ def test_twenty_people_at_once_get_their_own_results(server: str):
     with concurrent.futures.ThreadPoolExecutor(20) as pool:
         together = list(pool.map(one, range(20)))
     for index, (names, result) in enumerate(together):
-        assert result["classes"] == names
-        assert result["settings"]["seed"] == index
+        assert (result["classes"], result["settings"]["seed"]) == (names, index)
         assert result["settings"]["epsilon_255"] == 1 + index % 4
-    for index in (0, 7, 19):
-        assert one(index)[1]["results"] == together[index][1]["results"]
+    assert one(7)[1]["results"] == together[7][1]["results"]
 
 
 @pytest.mark.parametrize(("attack", "draws"), [("pgd", 4), ("square", 1)])
-def test_the_deployed_defence_may_be_attacked(server: str, attack: str, draws: int):
-    result = analyzed(server, attack=attack, attacked_model="deployed", epsilon=3)
-    settings = result["settings"]
-    assert (settings["attacked_model"], settings["draws"]) == ("deployed:tapt", draws)
-    assert 1 <= result["linf_255"] <= 3
+def test_a_deployed_defence_may_be_attacked(server: str, attack: str, draws: int):
+    settings = analyzed(server, attack=attack, attacked_model="deployed:ensemble")["settings"]
+    assert (settings["attacked_model"], settings["draws"]) == ("deployed:ensemble", draws)
+
+
+def test_a_full_queue_says_so(server: str):
+    def one(_: int) -> str:
+        try:
+            kind, data = post(server, "analyze", attack="none")
+        except urllib.error.HTTPError as error:
+            return error.read().decode()
+        return kind if kind == "complete" else data["error"]
+
+    with concurrent.futures.ThreadPoolExecutor(60) as pool:
+        full = [text for text in pool.map(one, range(60)) if text != "complete"]
+    assert full
+    assert all("queue is full" in text.lower() for text in full)
+    assert one(0) == "complete"
 
 
 @pytest.mark.filterwarnings("ignore")  # gradio's own, about pandas
 def test_results_of_finished_calls_are_not_kept_for_ever(
-    toy_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     monkeypatch.setattr("tapt.ui.page.MAX_SESSIONS", 3)
-    served = build_page(load_service(f"local-dir:{toy_folder}", device="cpu"))
+    served = build_page(service)
     serve.reach_oneself()
     options = launch_options()
     _, url, _ = served.launch(prevent_thread_lock=True, server_name="127.0.0.1", **options)
@@ -371,63 +367,132 @@ def test_results_of_finished_calls_are_not_kept_for_ever(
         served.close()
 
 
-def test_full_queue_says_so(server: str):
-    with concurrent.futures.ThreadPoolExecutor(60) as pool:
-        answers = list(pool.map(lambda _: _try(server), range(60)))
-    full = [text for text in answers if text != "complete"]
-    assert full
-    assert all("queue is full" in text.lower() for text in full)
-    assert _try(server) == "complete"
+class Loader:
+    """Stands in for `load_backbone`: a copy of the toy for every name, each one only when it may.
+
+    made: weak, to the models.
+    """
+
+    def __init__(self, toy: Backbone) -> None:
+        self.toy, self.may, self.made = toy, threading.Event(), {}
+
+    def __call__(self, name: str, **options: object) -> tuple[Backbone, None]:
+        assert self.may.wait(60)
+        backbone = replace(self.toy, name=name, model=deepcopy(self.toy.model))
+        self.made[name] = weakref.ref(backbone.model)
+        return backbone, None
 
 
-def _try(server: str) -> str:
-    try:
-        kind, data = post(server, "analyze", attack="none")
-    except urllib.error.HTTPError as error:
-        return error.read().decode()
-    return kind if kind == "complete" else data["error"]
+@pytest.fixture
+def loader(toy: Backbone, monkeypatch: pytest.MonkeyPatch) -> Loader:
+    loader = Loader(toy)
+    monkeypatch.setattr("tapt.ui.service.load_backbone", loader)
+    return loader
 
 
-def test_link_round_trip_and_bounds():
-    picture = gradient().convert("RGB")
-    values = {"class_names": "a, b", "epsilon": 3}
-    restored = links.from_link(links.to_link(values, picture))
-    again = inputs.read_request(restored, "/nowhere")
-    assert (again.classes, again.picture.tobytes()) == (("a", "b"), picture.tobytes())
-    bomb = links.to_link({"class_names": "a" * 5_000_000}, picture)
-    for bad in ("x", bomb, links.to_link(values, picture)[:-40], "é", "a" * 3_000_000, None):
-        with pytest.raises(InputError, match="damaged or cut off"):
-            links.from_link(bad)
+def test_a_download_keeps_nobody_else_waiting(toy_folder: Path, loader: Loader):
+    service = Service(f"local-dir:{toy_folder}", device="cpu", allow_backbones="one, two")
+    runs = Runs(service, "/nowhere")
+    waiting = [runs.compare(runs.request(values_of(backbone=name))) for name in ("one", "two")]
+    assert [next(run) for run in waiting] == [(None, None)] * 2
+    request = runs.request(values_of())
+    *_, (_, result) = runs.compare(request)
+    assert result.finished
+    assert service.at_hand("one") is service.estimate(runs.request(values_of(backbone="one")))
+    loader.may.set()
+    for run in waiting:
+        *_, (_, result) = run
+        assert result.finished
+    assert service.at_hand("one").backbone.name == "one"
 
 
-def test_public_space_loads_only_its_backbones(toy_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_what_was_prepared_for_a_backbone_goes_with_it(toy_folder: Path, loader: Loader):
+    service = Service(f"local-dir:{toy_folder}", device="cpu", allow_backbones="a,b,c,d")
+    runs = Runs(service, "/nowhere")
+    loader.may.set()
+    for name in "abcd":
+        for classes in ("cat, dog", "cup, teapot"):
+            *_, last = runs.compare(runs.request(values_of(backbone=name, class_names=classes)))
+    del last
+    gc.collect()
+    assert [name for name, model in loader.made.items() if model()] == ["c", "d"]
+
+
+def test_a_run_is_told_as_long_as_the_last_one_was(service: Service):
+    runs = Runs(service, "/nowhere")
+    request = runs.request(values_of(attack="pgd", attacked_model="deployed"))
+    assert service.estimate(request) > 0
+    *_, (_, result) = runs.compare(request)
+    assert service.estimate(request) == pytest.approx(result.seconds["total"])
+    longer = runs.request(values_of(attack="pgd", attacked_model="deployed", steps=20))
+    assert service.estimate(longer) > service.estimate(request)
+    assert service.seconds("", "tapt") > 0
+
+
+def test_visitors_load_what_the_server_allows(toy_folder: Path, monkeypatch: pytest.MonkeyPatch):
+    name = f"local-dir:{toy_folder.name}"
+    closed = Service(f"local-dir:{toy_folder}", device="cpu")
+    assert list(closed.backbones) == [name, "tiny"]
+    assert closed.model("tiny").pack.name == "tiny/vli"
+    for backbone in ("ViT-B-16", "hf-hub:someone/clip", "random:ViT-B-32"):
+        with pytest.raises(InputError, match=f"offers the backbones {name}, tiny; got"):
+            closed.model(backbone)
+    with pytest.raises(InputError, match=r"offers the packs untrained prompts; got 'owner/repo'"):
+        closed.model("", "owner/repo")
+    assert closed.hub_packs("") == []
+
+    monkeypatch.setattr("tapt.ui.service.load_pack", lambda *values, **options: 1 / 0)
+    some = Service("tiny", device="cpu", allow_packs="owner/repo", allow_backbones="ViT-B-16")
+    assert list(some.backbones) == ["tiny", "ViT-B-16"]
+    for pack in ("owner/repo", "owner/repo@v1"):
+        with pytest.raises(ZeroDivisionError):
+            some.model("", pack)
+    with pytest.raises(InputError, match="got 'owner/other'"):
+        some.model("", "owner/other")
+    monkeypatch.undo()
+
+    anything = Service(
+        f"local-dir:{toy_folder}", device="cpu", allow_backbones="any", allow_packs="any"
+    )
+    assert "ViT-B-16" in anything.backbones
+    with pytest.raises(InputError, match="and any public one; got 'local-dir:/etc'"):
+        anything.model("local-dir:/etc")
+    monkeypatch.chdir(ROOT)
+    for pack in ("tapt/ui", "tapt/ui/", "./tapt/ui", str(ROOT / "tapt")):
+        with pytest.raises(InputError, match="offers the packs untrained prompts"):
+            anything.model("", pack)
+    with pytest.raises(PackError, match="was made for backbone 'tiny'") as refused:
+        anything.model("", "tiny/vli")
+    assert str(toy_folder.parent) not in str(refused.value)
+
+
+def test_a_server_is_set_by_its_variables(monkeypatch: pytest.MonkeyPatch):
+    here = serve.parse_args([])
+    assert (here.allow_backbones, here.allow_packs, here.mcp) == ("any", "any", False)
+    monkeypatch.setenv("TAPT_BACKBONE", "ViT-B-16,tiny")
+    monkeypatch.setenv("TAPT_PACK", "owner/repo@v1")
+    monkeypatch.setenv("GRADIO_SERVER_PORT", "7861")
+    monkeypatch.setenv("GRADIO_MCP_SERVER", "True")
     monkeypatch.setenv("SPACE_ID", "someone/tapt")
-    service = load_service(f"local-dir:{toy_folder}", device="cpu")
-    assert list(service.backbones) == [f"local-dir:{toy_folder.name}"]
-    for name in ("tiny", "ViT-B-16", "hf-hub:someone/clip"):
-        with pytest.raises(InputError, match="offers the backbones local-dir:"):
-            service.model(name)
+    args = serve.parse_args(["--allow-packs", "owner/repo"])
+    assert (args.backbone, args.pack, args.port) == ("ViT-B-16,tiny", "owner/repo@v1", 7861)
+    assert (args.allow_backbones, args.allow_packs, args.mcp) == ("none", "owner/repo", True)
     monkeypatch.delenv("SPACE_ID")
-    elsewhere = load_service(f"local-dir:{toy_folder}", device="cpu")
-    assert elsewhere.model("tiny").pack.name == "tiny/vli"
+    monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
+    args = serve.parse_args(["--backbone", "tiny"])
+    assert (args.host, args.backbone, args.allow_backbones) == ("0.0.0.0", "tiny", "none")
 
 
-def test_class_names_too_long_for_the_embedded_model_are_told_before_the_run():
-    service = load_service("tiny", device="cpu")
-    handlers = Handlers(service, "/nowhere")
-    for name, text in known.presets().items():
-        every, filled = class_names(text), class_names(handlers.preset(name, "tiny"))
-        assert [each for each in every if each not in filled] == service.too_long(every)
-        assert service.model("tiny").prepare(filled)
+def test_names_that_are_too_long_are_told(toy_folder: Path):
+    service = Service("tiny", device="cpu")
     long = "<b>" + "very " * 12 + "dog"
-    note = handlers.classes(f"cat, {long}", "", "", "tiny")[0]
-    assert "Too long for this model:</strong> &lt;b&gt;very very" in note
-    assert "Too long" not in handlers.classes(f"cat, {long}", "", "", "ViT-B-16")[0]
+    assert service.too_long(["cat", long], "tiny") == [long]
+    assert service.too_long([], "tiny") == []
     with pytest.raises(InputError, match=r"very very.*this model reads at most"):
         service.model("tiny").prepare(("cat", long))
 
 
-def test_closing_a_run_ends_its_computation(toy_folder: Path, monkeypatch: pytest.MonkeyPatch):
+def test_closing_a_run_ends_its_computation(service: Service, monkeypatch: pytest.MonkeyPatch):
     passes = []
     original = tapt.core.clip.logits
 
@@ -436,13 +501,10 @@ def test_closing_a_run_ends_its_computation(toy_folder: Path, monkeypatch: pytes
         return original(*values, **options)
 
     monkeypatch.setattr("tapt.core.clip.logits", counted)
-    handlers = Handlers(load_service(f"local-dir:{toy_folder}", device="cpu"), "/nowhere")
-    values = {"image": RED, "class_names": "cat, dog", "attack": "pgd", "steps": 5000, "views": 4}
+    runs = Runs(service, "/nowhere")
     before = set(threading.enumerate())
-    running = handlers.compare(*(values.get(name) for name in inputs.FIELDS))
-    for status, *_ in running:
-        if isinstance(status, str) and "Attacking the picture" in status:
-            break
+    running = runs.compare(runs.request(values_of(attack="pgd", steps=5000)))
+    assert any(progress and progress.phase == "attack" for progress, _ in running)
     workers = set(threading.enumerate()) - before
     assert workers
     running.close()
@@ -460,68 +522,55 @@ def test_a_slow_step_gives_way_to_the_page():
             go.wait(60)
             yield 1
             yield 2
+            raise InputError("No more.")
         finally:
             closed.set()
 
     items = background.with_heartbeat(steps(), beat=0.01)
     assert next(items) is None
     go.set()
-    assert [item for item in items if item is not None] == [1, 2]
-    assert closed.wait(60)
-
-    def broken() -> Iterator[int]:
-        yield 1
-        raise InputError("No more.")
-
+    assert next(item for item in items if item) == 1
     with pytest.raises(InputError, match="No more"):
-        list(background.with_heartbeat(broken()))
-
-
-def test_no_folder_is_taken_for_a_pack(toy_folder: Path, monkeypatch: pytest.MonkeyPatch):
-    service = load_service(f"local-dir:{toy_folder}", device="cpu")
-    monkeypatch.chdir(ROOT)
-    for name in ("tapt/ui", "tapt/ui/", "./tapt/ui", str(ROOT / "tapt")):
-        with pytest.raises(InputError, match="offers the packs untrained prompts"):
-            service.model("", name)
-    with pytest.raises(PackError, match="was made for backbone 'tiny'") as refused:
-        service.model("", "tiny/vli")
-    assert str(toy_folder.parent) not in str(refused.value)
+        list(items)
+    assert closed.wait(60)
 
 
 def test_gpu_function_takes_and_gives_what_can_be_pickled(
-    toy_folder: Path, monkeypatch: pytest.MonkeyPatch
+    service: Service, monkeypatch: pytest.MonkeyPatch
 ):
+    asked: list[int] = []
+
     class FakeSpaces:
         """ZeroGPU's decorator, as far as pickling goes."""
 
-        calls = 0
-
-        @classmethod
-        def GPU(cls, function: Callable) -> Callable:
+        @staticmethod
+        def GPU(function: Callable, duration: Callable) -> Callable:
             def forked(*values: object):
-                cls.calls += 1
+                asked.append(duration(*values))
                 for item in function(*pickle.loads(pickle.dumps(values))):
                     yield pickle.loads(pickle.dumps(item))
 
             return forked
 
     monkeypatch.setattr(tapt.ui, "spaces", FakeSpaces)
-    handlers = Handlers(load_service(f"local-dir:{toy_folder}", device="cpu"), "/nowhere")
-    values = {"image": RED, "class_names": "cat, dog", "attack": "pgd", **FAST}
-    *_, last = handlers.compare(*(values.get(name) for name in inputs.FIELDS))
-    assert last[-1]["finished"] is True
-    assert FakeSpaces.calls == 1
+    runs = Runs(service, "/nowhere")
+    request = runs.request(values_of(attack="pgd", max_epsilon=1))
+    assert service.estimate(request) > 0
+    assert not asked
+    *_, (_, result) = runs.compare(request)
+    assert result.finished
+    *_, (_, curves) = runs.sweep(request)
+    assert len(curves.probabilities["tapt"]) == 2
+    assert all(15 <= seconds <= 300 for seconds in asked)
 
 
-def test_a_space_is_set_by_its_variables(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("TAPT_BACKBONE", "ViT-B-16,tiny")
-    monkeypatch.setenv("TAPT_PACK", "owner/repo@v1")
-    monkeypatch.setenv("GRADIO_SERVER_NAME", "0.0.0.0")
-    monkeypatch.setenv("GRADIO_SERVER_PORT", "7861")
-    args = serve.parse_args([])
-    assert (args.backbone, args.pack) == ("ViT-B-16,tiny", "owner/repo@v1")
-    assert (args.host, args.port) == ("0.0.0.0", 7861)
-    assert serve.parse_args(["--backbone", "tiny"]).backbone == "tiny"
+def test_another_defence_is_there_once_it_is_registered(service: Service, flips: Defense):
+    runs = Runs(service, "/nowhere")
+    request = runs.request(values_of(settings={"views": 4, "flips.flips": 3}))
+    *_, (_, result) = runs.compare(request)
+    assert result.settings["test_time"]["flips"] == {"flips": 3}
+    with pytest.raises(InputError, match="flips must be a whole number from 1 to 64, got 0"):
+        runs.request(values_of(settings={"flips": 0}))
 
 
 def test_the_front_matter_is_a_spaces():
@@ -534,53 +583,13 @@ def test_the_front_matter_is_a_spaces():
     assert all(card.get(name) for name in names.split())
 
 
-@pytest.mark.parametrize(
-    "data",
-    [
-        [],
-        [None],
-        [{"path": "/etc/hostname", "meta": {"_type": "gradio.FileData"}}, *[None] * 20],
-        [{"path": "http://127.0.0.1:1/a.png", "meta": {"_type": "gradio.FileData"}}, *[None] * 20],
-    ],
-)
-def test_requests_that_gradio_cannot_read_are_refused_in_words(server: str, data: list):
-    for endpoint in ("analyze", "compare", "sweep"):
-        kind, answer = call(server, endpoint, data)
-        assert kind == "error"
-        assert "This request does not fit" in answer["error"]
-
-
-def test_another_defence_is_on_the_page_once_it_is_registered(toy_folder: Path, flips: Defense):
-    handlers = Handlers(load_service(f"local-dir:{toy_folder}", device="cpu"), "/nowhere")
-    values = {"image": RED, "class_names": "cat, dog", "attack": "pgd", **FAST}
-    request = [values.get(name) for name in inputs.FIELDS]
-    *_, result = handlers.analyze(*request)
-    assert sum(result["results"]["flips"]["attacked"]) == pytest.approx(1, abs=1e-4)
-    assert result["settings"]["test_time"]["flips"] == {"flips": 5}
-    *_, last = handlers.compare(*request)
-    assert "Median over flips" in last[1]
-    assert last[2].count("t-first") == 10
-    values |= {"max_epsilon": 1}
-    *_, last = handlers.sweep(*(values.get(name) for name in inputs.SWEEP_FIELDS))
-    assert "<li>Median over flips: " in last[1]
-
-
 def test_importing_the_app_makes_the_page(tmp_path: Path):
-    code = "import app, os; print(len(app.demo.fns), os.environ['OMP_WAIT_POLICY'])"
+    zero = "import sys; early = 'torch' not in sys.modules; GPU = lambda f, duration: f"
+    (tmp_path / "spaces.py").write_text(zero)
+    code = "import app, os, spaces; print(len(app.demo.fns), os.environ['OMP_WAIT_POLICY'], "
     own = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    options = {"cwd": tmp_path, "env": {**own, "PYTHONPATH": str(ROOT)}, "text": True}
-    count, policy = subprocess.check_output([sys.executable, "-c", code], **options).split()
-    assert (int(count) > 5, policy) == (True, "passive")
-
-
-def test_amplified_difference_reaches_full_range_around_grey():
-    clean = torch.full((3, 2, 2), 100, dtype=torch.uint8)
-    attacked = clean.clone()
-    attacked[0, 0, 0], attacked[1, 1, 1] = 104, 96
-    picture, scale = render.amplified_difference(attacked, clean)
-    assert scale == 31
-    assert picture.getpixel((0, 0)) == (128 + 4 * 31, 128, 128)
-    assert picture.getpixel((1, 1)) == (128, 128 - 4 * 31, 128)
-    assert picture.getpixel((1, 0)) == (128, 128, 128)
-    same, _ = render.amplified_difference(clean, clean)
-    assert same.getextrema() == ((128, 128),) * 3
+    own["PYTHONPATH"] = f"{ROOT}:{tmp_path}"
+    command = [sys.executable, "-c", code + "spaces.early)"]
+    printed = subprocess.check_output(command, cwd=tmp_path, env=own, text=True)
+    count, *rest = printed.split()
+    assert (int(count) > 5, rest) == (True, ["passive", "True"])

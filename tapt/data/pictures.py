@@ -12,26 +12,34 @@ from PIL import Image, ImageOps
 
 from tapt.core.errors import InputError
 
-MAX_PIXELS = 25_000_000
+MAX_PIXELS = 25_000_000  # decoded
+MAX_JPEG = 64_000_000  # the decoder shrinks what is larger than MAX_PIXELS
 KINDS = "PNG, JPEG, WebP, GIF, BMP or TIFF file"
 
 
 def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
     """Reads a picture as RGB: EXIF rotation applied, transparency on white, 16-bit rescaled,
-    the first frame of an animation. Raises `InputError` for what is missing, no picture, damaged
-    or larger than 25 megapixels."""
+    the first frame of an animation; a JPEG above 25 megapixels at half its size or less. Raises
+    `InputError` for what is missing, no picture, damaged or larger than 25 megapixels, 64 for a
+    JPEG."""
     try:
         data = source if isinstance(source, bytes) else Path(source).read_bytes()
     except (OSError, ValueError) as error:
         name = Path(os.fsdecode(source)).name
         raise InputError(f"There is no readable file {name!r}.") from error
-    too_large = f"This picture is too large: at most {MAX_PIXELS // 1_000_000} megapixels."
+    too_large = (
+        f"This picture is too large: at most {MAX_PIXELS // 1_000_000} megapixels, or "
+        f"{MAX_JPEG // 1_000_000} as a JPEG."
+    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:  # by its header, no pixel is decoded
+            pixels = image.width * image.height  # by its header, no pixel is decoded
+            if pixels > (MAX_JPEG if image.format == "JPEG" else MAX_PIXELS):
                 raise InputError(too_large)
+            if pixels > MAX_PIXELS:
+                image.draft("RGB", (image.width // 2, image.height // 2))
             image.load()
             return to_rgb(image)
     except InputError:

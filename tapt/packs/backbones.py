@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -27,6 +28,7 @@ _INSTALLED = Path(__file__).resolve().parents[1] / "_prompts"
 EMBEDDED = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2] / "prompts"
 OPENAI_NAMES = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
 CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
+NAMES_FILE = "names.json"
 MAX_CONFIG_BYTES, MAX_BYTES = 1_000_000, 16_000_000_000  # of a backbone's files on the Hub
 
 Loaded = tuple[nn.Module, Tokenizer]
@@ -35,6 +37,16 @@ Loaded = tuple[nn.Module, Tokenizer]
 def embedded_backbones() -> list[str]:
     """Names of the backbones that come with the project."""
     return sorted(path.parents[1].name for path in EMBEDDED.glob(f"*/backbone/{CONFIG_FILE}"))
+
+
+def known_names(backbone: str) -> dict[str, list[str]]:
+    """What an embedded backbone has seen: names with their synonyms and everyday words; empty for
+    every other one, which may know anything."""
+    path = EMBEDDED / backbone / "backbone" / NAMES_FILE
+    if backbone not in embedded_backbones() or not path.is_file():
+        return {}
+    names: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+    return names
 
 
 def load_backbone(

@@ -1,60 +1,30 @@
-"""What the page knows by heart: the embedded model's ten kinds with everyday names for them, the
-class names of data sets, and the examples."""
+"""Class names by what a backbone has seen, and the examples."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 from tapt.data.benchmarks import benchmarks
+from tapt.data.names import names_text
+from tapt.packs.backbones import known_names
 
-KINDS = {
-    "airplane": ("plane", "aeroplane", "jet", "aircraft", "airliner", "jumbo jet"),
-    "automobile": ("car", "sports car", "sedan", "motor car", "racing car"),
-    "bird": ("songbird", "sparrow", "little bird", "ostrich"),
-    "cat": ("kitten", "kitty", "tabby cat", "house cat"),
-    "deer": ("doe", "stag", "fawn", "elk", "reindeer"),
-    "dog": ("puppy", "doggy", "hound", "pup"),
-    "frog": ("toad", "tree frog", "bullfrog"),
-    "horse": ("pony", "stallion", "mare", "foal"),
-    "ship": ("boat", "vessel", "ferry", "ocean liner", "yacht", "cargo ship"),
-    "truck": ("lorry", "fire truck", "fire engine", "pickup truck", "dump truck"),
-}
-_KNOWN = {name for kind, synonyms in KINDS.items() for name in (kind, *synonyms)}
-_ARTICLES = ("a ", "an ", "the ")
-
-
-def is_known(name: str) -> bool:
-    """Whether a class name is one of the ten kinds or an everyday name for one."""
-    words = " ".join(name.casefold().replace("_", " ").replace("-", " ").split())
-    for article in _ARTICLES:
-        words = words.removeprefix(article)
-    return words in _KNOWN or words.removesuffix("s") in _KNOWN
-
-
-def unknown_names(classes: Iterable[str]) -> list[str]:
-    """The class names that are none of the ten kinds."""
-    return [name for name in classes if not is_known(name)]
-
-
-TEN_KINDS = ", ".join(KINDS)
-OWN_PRESET = "The embedded model's ten kinds"
-
-
-def presets() -> dict[str, str]:
-    """Class names by data set, as text for the page."""
-    sets = {name: "\n".join(benchmark.classes) for name, benchmark in benchmarks().items()}
-    del sets["CIFAR10"]  # the same ten
-    return {OWN_PRESET: TEN_KINDS, **sets}
+FEW = 20
 
 
 class Example(NamedTuple):
-    """A picture that comes with the page."""
+    """A picture that comes with the page.
+
+    classes: None for the names that the page starts with.
+    """
 
     name: str
     file: str
-    classes: str = TEN_KINDS
+    true_class: str
+    classes: str | None = None
 
     @property
     def path(self) -> Path:
@@ -62,10 +32,49 @@ class Example(NamedTuple):
 
 
 EXAMPLES = [
-    Example("Horse", "tuxpaint-gpl2/horse.png"),
-    Example("Plane", "tuxpaint-gpl2/airplane.png"),
-    Example("Frog", "tuxpaint-gpl2/frog.png"),
-    Example("Truck", "tuxpaint-gpl2/fire-truck.png", "fire truck, sports car, airplane, ship"),
-    Example("Cat", "cat.png"),
-    Example("Coffee", "coffee.png", "cup of coffee, teapot, cat, dog"),
+    Example("Horse", "tuxpaint-gpl2/horse.png", "horse"),
+    Example("Plane", "tuxpaint-gpl2/airplane.png", "airplane"),
+    Example("Frog", "tuxpaint-gpl2/frog.png", "frog"),
+    Example("Truck", "tuxpaint-gpl2/fire-truck.png", "fire truck", "fire truck, car, plane, ship"),
+    Example("Coffee", "coffee.png", "cup of coffee", "cup of coffee, teapot, cat, dog"),
 ]
+
+
+@cache
+def presets(backbone: str) -> dict[str, str]:
+    """Class names by name, as text for the page; the first are those that it starts with."""
+    names = list(known_names(backbone))
+    own = {f"All {len(names)} that this model knows": names} if names else {}
+    if len(names) > 2 * FEW:
+        own = {f"{FEW} everyday things": names[:FEW], **own}
+    sets = {name: benchmark.classes for name, benchmark in benchmarks().items()}
+    first = {} if names else {"CIFAR10": sets["CIFAR10"]}
+    return {name: names_text(each) for name, each in {**own, **first, **sets}.items()}
+
+
+def first_names(backbone: str) -> str:
+    """The class names that the page starts with."""
+    return next(iter(presets(backbone).values()))
+
+
+def unknown_names(classes: Iterable[str], backbone: str) -> list[str]:
+    """The class names that a backbone has never seen, where that is known of it."""
+    known = _words(backbone)
+    return [name for name in classes if known and not _spellings(name) & known]
+
+
+@cache
+def _words(backbone: str) -> frozenset[str]:
+    return frozenset(
+        word
+        for name, words in known_names(backbone).items()
+        for each in (name, *words)
+        for word in _spellings(each)
+    )
+
+
+def _spellings(name: str) -> set[str]:
+    """A name without its article, in one and in many."""
+    words = " ".join(re.sub("[_-]", " ", name.casefold()).split())
+    words = re.sub("^(an?|the) ", "", words)
+    return {words, words.removesuffix("s")}

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
 import json
 import zlib
+from collections.abc import Mapping
 
 from PIL import Image
 
 from tapt.core.errors import InputError
-from tapt.ui.render import png_url
 
 MAX_LINK = 2_000_000  # characters; browsers take no longer ones
 
 
-def to_link(values: dict[str, object], picture: Image.Image) -> str:
-    """The part behind the `#` for a request's values and the picture that the model saw."""
+def to_link(values: Mapping[str, object], picture: Image.Image) -> str:
+    """The part behind `#x=` for a request's values and the picture that the model saw."""
     text = json.dumps({**values, "image": {"url": png_url(picture)}})
     return base64.urlsafe_b64encode(zlib.compress(text.encode(), 9)).decode()
 
@@ -38,5 +39,12 @@ def from_link(link: object) -> dict[str, object]:
         if not isinstance(values, dict):
             raise ValueError("not an object")
     except (ValueError, binascii.Error, zlib.error, RecursionError) as error:
-        raise InputError("This link is damaged or cut off; here is the start page.") from error
+        raise InputError("This link is damaged or cut off; nothing was changed.") from error
     return values
+
+
+def png_url(picture: Image.Image) -> str:
+    """A picture as a lossless `data:` URL."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -3,91 +3,80 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import typing
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
+from pydantic.fields import FieldInfo
 
 from tapt.core.attacks import METHODS
-from tapt.core.settings import limits
+from tapt.core.settings import limits, plain_type
 from tapt.data.pictures import open_image
-from tapt.defenses import all_defenses, find_defenses
-from tapt.model import ATTACKED_MODELS
+from tapt.defenses import Defense, all_defenses, find_defenses
 from tapt.ui import known, render
-from tapt.ui.handlers import MODEL_FIELDS, Handlers
-from tapt.ui.inputs import (
-    FIELDS,
-    MAX_BYTES,
-    SWEEP_FIELDS,
-    TEST_TIME,
-    Fields,
-    PictureInput,
-    number,
-    refusal,
-)
+from tapt.ui.api import add_api
+from tapt.ui.background import QUEUE, Runs
+from tapt.ui.handlers import Handlers, attackable, conditions
+from tapt.ui.inputs import MAX_BYTES, Fields, refusal
 from tapt.ui.service import Service
 
 FOLDER = Path(__file__).parent
-MAX_WAITING = 32
-MAX_SESSIONS = 50  # of which gradio keeps the last results; each call of the API is one
-DEFAULT_ATTACK = "pgd"
-QUIET = {"show_progress": "hidden", "api_visibility": "private", "queue": False}
+MAX_WAITING, MAX_SESSIONS = 32, 50  # of a session gradio keeps the last results
+ANSWER = ("clip", "static", "ensemble", "tapt", "tapt-ensemble", "rtpt", "ttc")
+Options = dict[str, Any]
+FIRST = {"attack": "pgd", "epsilon": 4, "attacked_model": "clip"}
+HIDDEN: Options = {"show_progress": "hidden", "api_visibility": "private"}
+QUIET: Options = {**HIDDEN, "queue": False}
 UNFIT = (
     "This request does not fit: send every parameter in the order of /gradio_api/info, and "
     "pictures as uploaded files or data: URLs."
 )
-MOST = Fields.model_fields["epsilon"]
-API_INPUTS = f"""
-image: the picture. class_names: one per line or separated by commas, two at least.
-attack: {", ".join(("none", *METHODS))}. epsilon: L-inf radius in 1/255, a whole number from 0 (no
-attack) to {limits(MOST)[1]}. attacked_model: what the attack sees, {", ".join(ATTACKED_MODELS)}
-(the deployed TAPT). true_class: one of the class names, or empty where it is not known. steps: of
-the attack, 0 for its own number. step_size: in 1/255, 0 for automatic. target: a class name to move
-towards, or empty. seed: of views and attack. defenses: a list of
-{", ".join(row.name for row in all_defenses())}, or null for those ticked at first.
-backbone, pack: names that the page offers.
-views, keep, tune_steps, lr, alpha: test-time settings, the pack's own where they are left out."""
-COMPARE_API = f"""Compares vanilla CLIP and its defences on one picture, attacked or not.
-{API_INPUTS}
-The last of the returned values is a JSON object with all numbers; the others are what the page
-shows: HTML, and the original and the attacked 8-bit image as PNG files."""
-ANALYZE_API = f"""Vanilla CLIP and its defences on one picture, attacked or not: every
-probability as one JSON object.
-{API_INPUTS}"""
-SWEEP_API = f"""Attacks one picture with growing epsilon and returns every defence's probability
-of the true class, as a JSON object in the last value; the others are what the page shows.
-max_epsilon, epsilon_step: in 1/255; the sweep begins at 0.
-{API_INPUTS}"""
-# raw values: the handlers check each one and say what is wrong with it
-MODEL_QUEUE = {"preprocess": False, "concurrency_limit": 1, "concurrency_id": "model"}
-# gradio's dropdown would open its list again when Tab leaves it
+# gradio's dropdown would open its list again when Tab leaves it, or lose the focus to a long one
 TAB_LEAVES = """() => document.addEventListener("keydown", event => {
-  if (event.key === "Tab" && event.target.role === "combobox") event.stopPropagation();
+  if (event.key !== "Tab" || event.target.role !== "combobox") return;
+  event.stopPropagation();
+  document.querySelectorAll("[role=listbox]").forEach(list => list.tabIndex = -1);
 }, true)"""
+# gradio tells no handler which values a shown result belongs to
+ASKED = "(...v) => { window.taptAsked = JSON.stringify(v) }"
+RUNS = "() => { window.taptRan = window.taptAsked; return '' }"  # it was not refused
+STALE = f"""(...v) => window.taptRan && window.taptRan !== JSON.stringify(v)
+  ? {json.dumps(render.note(render.EARLIER, warn=True))} : ''"""
+# after Stop or a fault, rows without an answer will not get one
+ENDED = f"""(text, rows) => [text.replace(/Running…|So far/, '{render.STOPPED}'),
+  rows.replaceAll('>{render.WAITING}<', '>{render.NOT_RUN}<')]"""
+TO_RUN = "() => document.querySelector('#run').focus()"
+ATTACK_THIS = """element.addEventListener('click', event => {
+  const button = event.target.closest('[data-attack]');
+  if (button) trigger('click', {attacked: button.dataset.attack});
+})"""
+LINK = """const follow = () => { if (location.hash.startsWith('#x='))
+  trigger('click', {link: location.hash.slice(3)}) };
+window.addEventListener('hashchange', follow); setTimeout(follow, 500);"""
+# gradio's own colours of these stay under the contrast that WCAG AA asks for
 THEME = gr.themes.Default(
     primary_hue="indigo",
     neutral_hue="slate",
     font=["system-ui", "sans-serif"],
     font_mono=["ui-monospace", "monospace"],
-).set(  # the defaults of these stay under the contrast that WCAG AA asks for
-    body_text_color_subdued="*neutral_600",
-    body_text_color_subdued_dark="*neutral_400",
-    block_info_text_color="*neutral_600",
-    block_info_text_color_dark="*neutral_400",
-    block_label_text_color="*neutral_700",
-    block_label_text_color_dark="*neutral_200",
-    block_title_text_color="*neutral_700",
-    block_title_text_color_dark="*neutral_200",
-    checkbox_border_color="*neutral_500",
-    checkbox_border_color_dark="*neutral_400",
-    input_placeholder_color="*neutral_500",
-    input_placeholder_color_dark="*neutral_400",
-    button_primary_background_fill="*primary_600",
-    button_primary_background_fill_hover="*primary_700",
-    button_primary_background_fill_dark="*primary_600",
-    button_primary_background_fill_hover_dark="*primary_700",
+).set(
+    **{
+        name + dark: f"*neutral_{shade}"
+        for names, shades in (
+            (("body_text_color_subdued", "block_info_text_color"), (600, 400)),
+            (("block_label_text_color", "block_title_text_color"), (700, 200)),
+            (("checkbox_border_color", "input_placeholder_color"), (500, 400)),
+        )
+        for name in names
+        for dark, shade in zip(("", "_dark"), shades, strict=True)
+    },
+    **{
+        f"button_primary_background_fill{hover}{dark}": f"*primary_{shade}"
+        for hover, shade in (("", 600), ("_hover", 700))
+        for dark in ("", "_dark")
+    },
 )
 
 
@@ -104,7 +93,7 @@ class Page(gr.Blocks):
             raise refusal(UNFIT) from error
 
 
-def launch_options() -> dict:
+def launch_options() -> dict[str, Any]:
     """Options of `launch()` that belong to the page and not to the address it is served on."""
     return {
         "theme": THEME,
@@ -122,350 +111,289 @@ def launch_options() -> dict:
 
 def build_page(service: Service) -> gr.Blocks:
     """The whole page for a service, with its queue."""
+    first, fields, shown = service.first, dict[str, Any](), dict[str, Any]()
     # uploads live a day: a short age would delete a queued picture before its turn
     with Page(title="TAPT", delete_cache=(3600, 86400), analytics_enabled=False) as page:
-        gr.HTML(render.header(), apply_default_css=False)
-        model_line = gr.HTML(apply_default_css=False, elem_id="model-line")
-        fields: dict[str, gr.components.Component] = {}
-        with gr.Row(elem_id="columns"):
-            with gr.Column(scale=2, min_width=300, elem_id="inputs"):
-                preview = _picture_inputs(fields)
-                examples = gr.Column(elem_id="examples")
-                preset, note = _class_inputs(fields)
-                attack_notes = _attack_inputs(fields)
-                reset = _defense_inputs(fields, service)
-            with gr.Column(scale=3, min_width=300), gr.Tabs():
-                with gr.Tab("Compare", elem_id="results"):
-                    buttons = _buttons("run", "Run")
-                    outputs = _outputs()
-                with gr.Tab("Sweep", elem_id="sweep"):
-                    _sweep_inputs(fields)
-                    sweep_buttons = _buttons("run-sweep", "Run the sweep")
-                    sweep_outputs = _sweep_outputs()
-        handlers = Handlers(service, fields["image"].GRADIO_CACHE)
-        inputs = [fields[name] for name in FIELDS]
-        sweep_inputs = [fields[name] for name in SWEEP_FIELDS]
-        _wire_run(handlers.compare, buttons, inputs, outputs, COMPARE_API)
-        _wire_run(handlers.sweep, sweep_buttons, sweep_inputs, sweep_outputs, SWEEP_API)
-        _wire_analyze(handlers, inputs)
-        _wire_picture(handlers, fields, preview)
-        _wire_classes(handlers, fields, preset, note)
-        _wire_attack(handlers, fields, *attack_notes)
-        _wire_model(handlers, fields, reset, model_line)
-        with examples:
-            _examples([fields[name] for name in ("image", "class_names", "attack", "true_class")])
-        note.value = handlers.classes(known.TEN_KINDS, "", "", service.first.backbone.name)[0]
-        # not the components' values, which would become the API's defaults
-        link = gr.Textbox(visible=False)
-        page.load(
-            handlers.start,
-            link,
-            [*inputs, model_line],
-            js="() => location.hash.slice(1)",
-            show_progress="hidden",
-            api_visibility="private",
-        )
+        shown["head"] = _html(render.header(first), "head")
+        shown["former"] = gr.State((first.backbone.name, first.pack.name))
+        with gr.Tabs():
+            with gr.Tab("Attack"), gr.Row(elem_id="columns"):
+                with gr.Column(scale=3, min_width=280, elem_id="left"):
+                    _picture(fields, shown, first.backbone.name)
+                    _settings(fields, shown, service)
+                with gr.Column(scale=8, min_width=300, elem_id="right"):
+                    _attack(fields, shown)
+                    shown["stale"] = _html("", "stale")
+                    live = '<div role="status" aria-live="polite">${value}</div>'
+                    text = render.note(render.WELCOME)
+                    shown["sentence"] = _html(text, "sentence", html_template=live)
+                    rows = render.intro(find_defenses(ANSWER))
+                    shown["rows"] = _html(rows, "rows", js_on_load=ATTACK_THIS)
+                    _more(fields, shown)
+            with gr.Tab("Evidence"):
+                _evidence(shown, first.pack.evaluation)
+        shown["link"] = _html("", "link", js_on_load=LINK)
+        runs = Runs(service, fields["image"].GRADIO_CACHE)
+        add_api(runs)  # its names come first
+        handlers = Handlers(service, runs, fields, shown)
+        _wire_runs(handlers)
+        _wire_inputs(handlers, page)
+        _wire_model(handlers)
     return page.queue(max_size=MAX_WAITING)
 
 
-def _buttons(elem_id: str, name: str) -> tuple[gr.Button, gr.Button]:
-    with gr.Row():
-        run = gr.Button(name, variant="primary", elem_id=elem_id, elem_classes="t-run", scale=2)
-        stop = gr.Button("Stop", elem_classes="t-stop", scale=1, min_width=80)
-    return run, stop
+def _html(value: str, elem_id: str, **options: Any) -> gr.HTML:
+    return gr.HTML(value, elem_id=elem_id, apply_default_css=False, **options)
 
 
-def _sweep_inputs(fields: dict) -> None:
-    gr.HTML(
-        '<p class="t-small">Attacks the picture once for every epsilon, with the class names, the '
-        "attack and the defence that are set on this page.</p>",
-        apply_default_css=False,
+def _field(fields: dict, name: str, kind: Any, *values: Any, **options: Any) -> None:
+    """The component of a request's field, with the words of its declaration."""
+    field = Fields.model_fields[name]
+    own: Options = {"min_width": 120, "elem_id": name.replace("_", "-")}
+    own |= {"label": field.title, "info": field.description, "value": field.default}
+    if kind in (gr.Number, gr.Slider):
+        own |= _range(field)
+    fields[name] = kind(*values, **{**own, **options})
+
+
+def _range(field: FieldInfo) -> dict[str, Any]:
+    low, high = limits(field)
+    return {"minimum": low, "maximum": high, "step": 1 if plain_type(field) is int else 0.0001}
+
+
+def _picture(fields: dict, shown: dict, backbone: str) -> None:
+    first = known.EXAMPLES[0]
+    fields["image"] = gr.Image(
+        str(first.path),
+        label="Picture",
+        sources=["upload", "clipboard", "webcam"],
+        webcam_options=gr.WebcamOptions(mirror=False),
+        format="png",
+        height=210,
+        buttons=[],
+        alt_text="The picture to attack",
+        elem_id="in-image",
     )
-    with gr.Row():
-        fields["max_epsilon"] = number("max_epsilon")
-        fields["epsilon_step"] = number("epsilon_step")
-
-
-def _sweep_outputs() -> list[gr.components.Component]:
-    """The values of `Handlers.sweep`."""
-    bare = {"apply_default_css": False}
-    status = gr.HTML(label="Status", elem_id="sweep-status", **bare)
-    with gr.Row():
-        with gr.Column(min_width=320):
-            curves = gr.HTML(label="Curves", elem_id="curves", **bare)
-        with gr.Column(min_width=320):
-            published = gr.HTML(label="Published accuracy", elem_id="published", **bare)
-    with gr.Accordion("The sweep as JSON", open=False, elem_id="sweep-json"):
-        numbers = gr.JSON(label="Result", show_label=False, buttons=["copy"])
-    return [status, curves, published, numbers]
-
-
-def _picture_inputs(fields: dict) -> gr.HTML:
-    with gr.Row(elem_id="picture-row"):
-        fields["image"] = PictureInput(
-            label="Picture",
-            sources=["upload", "clipboard", "webcam"],
-            webcam_options=gr.WebcamOptions(mirror=False),
-            format="png",
-            height=220,
-            buttons=[],
-            alt_text="The picture to classify",
-            elem_id="in-image",
-            min_width=180,
-            scale=3,
-        )
-        with gr.Column(min_width=120, scale=2):
-            return gr.HTML(label="What the model sees", apply_default_css=False, elem_id="preview")
-
-
-def _class_inputs(fields: dict) -> tuple[gr.Dropdown, gr.HTML]:
-    preset = gr.Dropdown(
-        list(known.presets()),
-        value=None,
-        label="Class names from a data set",
-        elem_id="preset",
-    )
-    fields["class_names"] = gr.Textbox(
-        known.TEN_KINDS,
-        label="Class names",
-        info="What CLIP may answer: one per line, or separated by commas.",
-        lines=3,
-        max_lines=8,
-        elem_id="classes",
-    )
-    note = gr.HTML(apply_default_css=False, elem_id="classes-note")
-    fields["true_class"] = gr.Dropdown(
-        [(render.NO_LABEL, ""), *known.KINDS],
-        value="",
-        label="True class",
-        info="What counts as right. Not known: the attack leaves CLIP's own answer.",
-        allow_custom_value=True,  # the choices follow the class names
-        elem_id="true-class",
-    )
-    return preset, note
-
-
-def _attack_inputs(fields: dict) -> tuple[gr.HTML, gr.HTML]:
-    with gr.Group():
-        fields["attack"] = gr.Dropdown(
-            [("none", "none"), *((row.title, name) for name, row in METHODS.items())],
-            value=DEFAULT_ATTACK,
-            label="Attack",
-            elem_id="attack",
-        )
-        fields["epsilon"] = number("epsilon", gr.Slider, elem_id="epsilon")
-        fields["attacked_model"] = gr.Radio(
-            [(render.attacked_name(name), name) for name in ATTACKED_MODELS],
-            value=ATTACKED_MODELS[0],
-            label="The attack sees",
-            elem_id="attacked-model",
-        )
-        note = gr.HTML(
-            render.attack_note(METHODS[DEFAULT_ATTACK], ATTACKED_MODELS[0]),
-            apply_default_css=False,
-            elem_id="attack-note",
-        )
-        estimate = gr.HTML(apply_default_css=False, elem_id="estimate")
-    with gr.Accordion("More about the attack", open=False, elem_id="more-attack"):
-        with gr.Row():
-            fields["steps"] = number("steps")
-            fields["step_size"] = number("step_size")
-        fields["target"] = gr.Dropdown(
-            [(render.NO_TARGET, ""), *known.KINDS],
-            value="",
-            label="Target",
-            info="A class that the attack moves towards.",
-            allow_custom_value=True,
-            elem_id="target",
-        )
-        fields["seed"] = number("seed")
-    return note, estimate
-
-
-def _defense_inputs(fields: dict, service: Service) -> gr.Button:
-    with gr.Accordion("Defence", open=False, elem_id="defense"):
-        fields["backbone"] = gr.Dropdown(
-            list(service.backbones),
-            value=service.first.backbone.name,
-            label="Backbone",
-            allow_custom_value=not service.on_space,
-            elem_id="backbone",
-        )
-        fields["pack"] = gr.Dropdown(
-            service.packs(service.first.backbone.name),
-            value=None,
-            label="Prompts",
-            info=render.PACK_INFO,
-            allow_custom_value=True,
-            elem_id="pack",
-        )
-        fields["defenses"] = gr.CheckboxGroup(
-            [(row.title, row.name) for row in all_defenses()],
-            value=[row.name for row in find_defenses()],
-            label=Fields.model_fields["defenses"].title,
-            info="Who answers; each one ticked costs its time on both pictures.",
-            elem_id="defenses",
-        )
-        with gr.Row():
-            for name in TEST_TIME:
-                fields[name] = number(name)
-        return gr.Button("Back to the pack's own settings", size="sm", elem_id="reset")
-
-
-def _outputs() -> list[gr.components.Component]:
-    """The values of `Handlers.compare`; empty ones are hidden by the stylesheet."""
-    bare = {"apply_default_css": False}
-    status = gr.HTML(label="Status", elem_id="status", **bare)
-    verdict = gr.HTML(
-        label="Verdict",
-        html_template='<div role="status" aria-live="polite">${value}</div>',
-        elem_id="verdict",
-        **bare,
-    )
-    gr.HTML(render.welcome(), elem_id="welcome", **bare)
-    with gr.Row(elem_id="pictures"):
-        slider = gr.ImageSlider(
-            label="Original (left) and attacked (right)",
-            format="png",
-            interactive=False,
-            buttons=[],
-            elem_id="slider",
-            scale=1,
-            min_width=240,
-        )
-        with gr.Column(scale=1, min_width=240):
-            perturbation = gr.HTML(label="Perturbation", elem_id="perturbation", **bare)
-    gr.Checkbox(False, label="Show the five most probable answers", elem_id="top5")
-    answers = gr.HTML(label="Answers", elem_id="answers", **bare)
-    with gr.Accordion("What TAPT did", open=False, elem_id="did"):
-        did = gr.HTML(label="What TAPT did", **bare)
-    downloads = gr.HTML(label="Take away", elem_id="downloads", **bare)
-    with gr.Accordion("All numbers as JSON", open=False, elem_id="json"):
-        numbers = gr.JSON(label="Result", show_label=False, buttons=["copy"])
-    return [status, verdict, answers, slider, perturbation, did, downloads, numbers]
-
-
-def _wire_picture(handlers: Handlers, fields: dict, preview: gr.HTML) -> None:
-    # queued, since the browser shows no error of a call that is not
-    shown = gr.on(
-        [fields["image"].change, fields["backbone"].change],
-        handlers.preview,
-        [fields["image"], fields["backbone"]],
-        preview,
-        trigger_mode="always_last",
-        concurrency_limit=4,
-        show_progress="hidden",
-        api_visibility="private",
-    )
-    shown.failure(None, None, preview, js="() => ''", **QUIET)
-
-
-def _wire_classes(handlers: Handlers, fields: dict, preset: gr.Dropdown, note: gr.HTML) -> None:
-    classes, true_class, target = (fields[n] for n in ("class_names", "true_class", "target"))
-    preset.select(  # queued, since the browser shows no word of a call that is not
-        handlers.preset,
-        [preset, fields["backbone"]],
-        classes,
-        concurrency_limit=4,
-        show_progress="hidden",
-        api_visibility="private",
-    )
-    gr.on(
-        [classes.change, fields["backbone"].change],
-        handlers.classes,
-        [classes, true_class, target, fields["backbone"]],
-        [note, true_class, target],
-        preprocess=False,
-        trigger_mode="always_last",
-        **QUIET,
-    )
-
-
-def _wire_attack(handlers: Handlers, fields: dict, note: gr.HTML, estimate: gr.HTML) -> None:
-    inputs = [fields["attack"], fields["attacked_model"]]
-    shown = [note, *(fields[name] for name in ("epsilon", "attacked_model", "step_size", "target"))]
-    changes = [field.change for field in inputs]
-    gr.on(changes, handlers.attack, inputs, shown, trigger_mode="always_last", **QUIET)
-    gr.on(
-        [*changes, *(fields[name].change for name in ("steps", "views", "keep", "tune_steps"))],
-        handlers.estimate,
-        [fields[name] for name in FIELDS],
-        estimate,
-        trigger_mode="always_last",
-        show_progress="hidden",
-        api_visibility="private",
-        **MODEL_QUEUE,
-    )
-
-
-def _wire_model(handlers: Handlers, fields: dict, reset: gr.Button, line: gr.HTML) -> None:
-    backbone, pack = fields["backbone"], fields["pack"]
-    common = {
-        "outputs": [*(fields[name] for name in MODEL_FIELDS), line],
-        "show_progress": "minimal",
-        "show_progress_on": [line],
-        "api_visibility": "private",
-        "preprocess": False,
-        "concurrency_limit": 4,  # not the model's queue: a download would stop everybody's runs
-        "concurrency_id": "choice",
+    shown["picture"] = gr.State({"path": str(first.path)})
+    with gr.Row(elem_id="examples"):
+        buttons = [gr.Button(e.name, icon=e.path, size="sm", min_width=40) for e in known.EXAMPLES]
+        shown["examples"] = list(zip(known.EXAMPLES, buttons, strict=True))
+    words: Options = {
+        "label": "What is it?",
+        "info": "What counts as right. Empty: kept or changed.",
     }
-    backbone.input(handlers.choose, backbone, **common)
-    gr.on([pack.input, reset.click], handlers.choose, [backbone, pack], **common)
-    # asked only when somebody looks: the page itself needs no network
-    pack.focus(
-        handlers.packs,
-        [backbone, pack],
-        pack,
+    options: Options = {**words, "value": first.true_class, "allow_custom_value": True}
+    _field(fields, "true_class", gr.Dropdown, [("not known", "")], **options)
+    with gr.Accordion("It may answer …", open=False, elem_id="names") as shown["names"]:
+        lists = list(known.presets(backbone))
+        shown["preset"] = gr.Dropdown(lists, value=None, label="A list of names", elem_id="preset")
+        info = "By commas or one per line; quotes keep commas."
+        options = {"value": known.first_names(backbone), "info": info, "lines": 2, "max_lines": 6}
+        _field(fields, "class_names", gr.Textbox, **options)
+    shown["chips"] = _html("", "chips")
+
+
+def _settings(fields: dict, shown: dict, service: Service) -> None:
+    backbone, pack = service.first.backbone.name, service.first.pack.name
+    with gr.Accordion("Who answers, model, settings", open=False, elem_id="settings"):
+        options: Options = {
+            "value": list(ANSWER),
+            "info": "With the time of one answer; each gives two.",
+        }
+        choices = [(row.title, row.name) for row in all_defenses()]
+        _field(fields, "defenses", gr.CheckboxGroup, choices, **options)
+        options = {"value": backbone, "allow_custom_value": service.open_backbones}
+        _field(fields, "backbone", gr.Dropdown, list(service.backbones), **options)
+        options = {"value": pack, "allow_custom_value": service.open_packs}
+        _field(fields, "pack", gr.Dropdown, service.packs(backbone), **options)
+        _field(fields, "seed", gr.Number)
+        shown["folds"] = {}
+        for row in all_defenses():
+            if row.settings.model_fields:
+                name, on = f"{row.title}: settings", row.name in ANSWER
+                with gr.Accordion(name, open=False, visible=on) as shown["folds"][row.name]:
+                    _defense(fields, row, service.first.settings(row).model_dump())
+
+
+def _defense(fields: dict, row: Defense, own: dict[str, Any]) -> None:
+    """The settings of one defence, as its class declares them; at first the pack's own."""
+    with gr.Row():
+        for name, field in row.settings.model_fields.items():
+            key, kind = f"{row.name}.{name}", plain_type(field)
+            options: Options = {
+                "label": name.replace("_", " "),
+                "info": field.description,
+                "min_width": 120,
+            }
+            if kind in (int, float) and field.default is not None:
+                fields[key] = gr.Number(own[name], **options, **_range(field))
+            elif kind is bool or typing.get_origin(kind) is typing.Literal:
+                values = [True, False] if kind is bool else typing.get_args(kind)
+                choices = [(str(value).lower(), value) for value in values]
+                fields[key] = gr.Dropdown(choices, value=own[name], **options)
+
+
+def _attack(fields: dict, shown: dict) -> None:
+    shown["run"], shown["stop"], shown["status"] = _buttons("Attack this picture", "run", "go")
+    with gr.Accordion(render.plan(FIRST, None), open=False, elem_id="plan") as shown["plan"]:
+        with gr.Row():
+            choices = [("none", "none"), *((row.title, name) for name, row in METHODS.items())]
+            _field(fields, "attack", gr.Dropdown, choices, value=FIRST["attack"])
+            _field(fields, "attacked_model", gr.Dropdown, attackable(ANSWER))
+            _field(fields, "epsilon", gr.Slider)
+        shown["attack-note"] = _html("", "attack-note")
+        with gr.Row():
+            _field(fields, "steps", gr.Number)
+            _field(fields, "step_size", gr.Number)
+            options: Options = {"value": "", "allow_custom_value": True}
+            _field(fields, "target", gr.Dropdown, [("any other", "")], **options)
+
+
+def _buttons(text: str, run: str, row: str) -> tuple[gr.Button, gr.Button, gr.HTML]:
+    """Start, Stop, and where the progress stands."""
+    with gr.Row(elem_id=row, elem_classes="t-go"):
+        start = gr.Button(text, variant="primary", elem_id=run, scale=3, min_width=180)
+        name = run.replace("run", "stop")
+        stop = gr.Button("Stop", elem_id=name, visible=False, scale=1, min_width=80)
+        return start, stop, _html("", run.replace("run", "status"), scale=5, min_width=160)
+
+
+def _more(fields: dict, shown: dict) -> None:
+    with gr.Tabs(elem_id="more"):
+        with gr.Tab("Take away"):
+            shown["take"] = _html(f'<p class="t-small">{render.TAKE}</p>', "take")
+        with gr.Tab("Pictures"):
+            name = "Original (left) and attacked (right)"
+            options: Options = {"interactive": False, "buttons": [], "visible": False}
+            shown["slider"] = gr.ImageSlider(label=name, format="png", elem_id="slider", **options)
+            shown["pictures"] = _html("", "pictures")
+        with gr.Tab("Sweep"):
+            with gr.Row():
+                _field(fields, "max_epsilon", gr.Number)
+                _field(fields, "epsilon_step", gr.Number)
+            names = ("run-sweep", "stop-sweep", "status-sweep")
+            parts = _buttons("Attack it with every epsilon", "run-sweep", "go-sweep")
+            shown.update(zip(names, parts, strict=True))
+            shown["falls"] = _html("", "falls")
+            options = {"y_lim": [0, 1], "x_title": "epsilon, 1/255", "height": 360, "buttons": []}
+            axes: Options = {
+                "x": "epsilon",
+                "y": "probability",
+                "color": "defence",
+                "elem_id": "curves",
+            }
+            shown["curves"] = gr.LinePlot(label="Probability of the true class", **axes, **options)
+            shown["points"] = gr.Dataframe(interactive=False, label="As numbers", elem_id="points")
+        with gr.Tab("Words"):
+            _html(render.words(), "words")
+
+
+def _evidence(shown: dict, rows: Any) -> None:
+    (heads, cells), first = render.evidence(rows), conditions(rows)
+    _html(f'<p class="t-small">{render.RECORDED}</p>', "recorded-note")
+    shown["condition"] = gr.Dropdown(label="Attack of the chart", elem_id="condition", **first)
+    chart = render.chart(rows, first["value"]) if rows else None
+    shown["chart"] = gr.Plot(chart, label="Clean against attacked accuracy", elem_id="chart")
+    kinds = ["number" if head in render.NUMBERS else "str" for head in heads]
+    options: Options = {
+        "headers": heads,
+        "datatype": kinds,
+        "show_search": "filter",
+        "interactive": False,
+    }
+    shown["evidence"] = gr.Dataframe(cells, label="Recorded rows", elem_id="recorded", **options)
+
+
+def _wire_runs(handlers: Handlers) -> None:
+    shown, every = handlers.shown, list(handlers.fields.values())
+    named = {
+        "": (handlers.compare, ("sentence", "rows", "slider", "pictures", "take", "stop")),
+        "-sweep": (handlers.sweep, ("falls", "curves", "points", "stop-sweep")),
+    }
+    for suffix, (fn, outputs) in named.items():
+        run, stop = shown["run" + suffix], shown["stop" + suffix]
+        if not suffix:  # first: gradio comes to it when the run has ended otherwise
+            run.click(None, every, js=ASKED, **QUIET)
+            shown["sentence"].change(None, None, shown["stale"], js=RUNS, **QUIET)
+        event = run.click(
+            fn,
+            set(every),
+            [shown[name] for name in outputs],
+            show_progress_on=shown["status" + suffix],
+            trigger_mode="once",
+            validator=handlers.faults,
+            api_visibility="private",
+            preprocess=False,
+            **QUEUE,
+        )
+        event.failure(partial(gr.update, visible=False), None, stop, **QUIET)
+        halt = stop.click(partial(gr.update, visible=False), None, stop, cancels=[event], **QUIET)
+        halt.then(None, js=TO_RUN if not suffix else None, **QUIET)
+        if not suffix:
+            texts = [shown["sentence"], shown["rows"]]
+            for ended in (event.failure, stop.click):
+                ended(None, texts, texts, js=ENDED, **QUIET)
+    changes = [component.change for component in every]
+    gr.on(changes, None, every, shown["stale"], js=STALE, **QUIET)
+
+
+def _wire_inputs(handlers: Handlers, page: gr.Blocks) -> None:
+    fields, shown = handlers.fields, handlers.shown
+    image, raw = fields["image"], {**QUIET, "preprocess": False}
+    pictures = [image, shown["picture"]]
+    # queued, since the browser shows no word of a call that is not
+    told = {**HIDDEN, "preprocess": False}
+    image.upload(handlers.picture, pictures, pictures, **told)
+    names = ["class_names", "backbone", "attack", "attacked_model", "epsilon", "steps", "defenses"]
+    names += [name for name in fields if name.endswith(".views")]
+    changes = [fields[name].change for name in names]
+    follow = ["epsilon", "attacked_model", "step_size", "target", "true_class", "defenses"]
+    outputs = [shown[name] for name in ("chips", "names", "plan", "attack-note")]
+    outputs += [*(fields[name] for name in follow), *shown["folds"].values()]
+    gr.on(
+        [page.load, shown["sentence"].change, *changes],
+        handlers.refresh,
+        set(fields.values()),
+        outputs,
+        trigger_mode="always_last",
+        **raw,
+    )
+    preset, classes = shown["preset"], fields["class_names"]
+    preset.select(handlers.preset, [preset, fields["backbone"]], classes, **HIDDEN)
+    shown["rows"].click(_attack_this, None, fields["attacked_model"], **QUIET)
+    outputs = [*pictures, classes, fields["true_class"], preset]
+    for example, button in shown["examples"]:
+        button.click(partial(_example, example), fields["backbone"], outputs, **raw)
+
+
+def _attack_this(event: gr.EventData) -> Any:
+    return getattr(event, "attacked", None) or gr.skip()
+
+
+def _example(example: known.Example, backbone: str) -> tuple:
+    names = example.classes or known.first_names(backbone)
+    path = {"path": str(example.path)}
+    return open_image(example.path), path, names, example.true_class, None
+
+
+def _wire_model(handlers: Handlers) -> None:
+    fields, shown = handlers.fields, handlers.shown
+    backbone, pack, former = fields["backbone"], fields["pack"], shown["former"]
+    outputs = [backbone, pack, former]
+    outputs += [shown[name] for name in ("head", "preset", "evidence", "condition")]
+    gr.on(
+        [backbone.input, pack.input],
+        handlers.choose,
+        [backbone, pack, former],
+        [*outputs, *(fields[name] for name in fields if "." in name)],
         preprocess=False,
-        show_progress="hidden",
+        concurrency_limit=None,  # a download keeps nobody else waiting
+        show_progress_on=backbone,
         api_visibility="private",
     )
-
-
-def _wire_run(handler: Callable, buttons: tuple, inputs: list, outputs: list, api: str) -> None:
-    (run, stop), status = buttons, outputs[0]
-    waiting, stopped = (json.dumps(html) for html in (render.waiting(), render.stopped()))
-    private = {"api_visibility": "private"}
-    start = f"() => {{ window.taptStopped = false; return {waiting} }}"
-    run.click(None, None, status, js=start, **private)
-    event = run.click(
-        handler,
-        inputs,
-        outputs,
-        show_progress="minimal",
-        show_progress_on=[status],
-        api_name=handler.__name__,
-        api_description=api,
-        trigger_mode="once",
-        **MODEL_QUEUE,
-    )
-    # a last value may arrive after Stop, and a stopped run then counts as failed
-    end = f"() => window.taptStopped ? {stopped} : ''"
-    event.failure(None, None, status, js=end, **private)
-    halt = f"() => {{ window.taptStopped = true; return {stopped} }}"
-    stop.click(None, None, status, js=halt, cancels=[event], **private)
-
-
-def _wire_analyze(handlers: Handlers, inputs: list) -> None:
-    """An endpoint for programs; nothing on the page calls it."""
-    gr.Button(visible=False).click(
-        handlers.analyze,
-        inputs,
-        gr.JSON(visible=False, label="Result"),
-        api_name="analyze",
-        api_description=ANALYZE_API,
-        **MODEL_QUEUE,
-    )
-
-
-def _examples(outputs: list) -> None:
-    """Buttons with a picture and a name; `gr.Examples` gives its thumbnails no name to read out."""
-    gr.HTML('<p class="t-label">Examples</p>', apply_default_css=False)
-    with gr.Row(elem_id="example-buttons"):
-        for example in known.EXAMPLES:
-            button = gr.Button(example.name, icon=example.path, size="sm", min_width=40)
-            button.click(partial(_example, example), None, outputs, **QUIET)
-
-
-def _example(example: known.Example) -> tuple:
-    return open_image(example.path), example.classes, DEFAULT_ATTACK, ""
+    # asked only when somebody looks: the page itself needs no network
+    pack.focus(handlers.packs, [backbone, pack], pack, preprocess=False, **HIDDEN)
+    condition = shown["condition"]
+    condition.change(handlers.evidence, [condition, former], shown["chart"], **QUIET)
+    told = {**HIDDEN, "trigger_mode": "always_last"}
+    shown["link"].click(handlers.restore, None, [*fields.values(), former], **told)

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.util import find_spec
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from tapt.core.errors import TaptError
 
@@ -17,6 +17,31 @@ if TYPE_CHECKING:
     import gradio as gr
 
 Progress = Callable[[int, int], None]
+OPTIONS = (
+    (
+        "--host",
+        "GRADIO_SERVER_NAME",
+        "127.0.0.1",
+        "address to serve on (default %(default)s: this computer only)",
+    ),
+    ("--port", "GRADIO_SERVER_PORT", "7860", "port (default %(default)s)"),
+    (
+        "--backbone",
+        "TAPT_BACKBONE",
+        None,
+        "tiny (embedded), ViT-B-16, hf-hub:owner/repo, ..., or several by commas for the page to "
+        "choose from (default: the pack's, else tiny)",
+    ),
+    (
+        "--pack",
+        "TAPT_PACK",
+        None,
+        "embedded pack, folder or Hub id owner/repo (default: the backbone's own, else untrained "
+        "prompts)",
+    ),
+)
+ALLOW = """other {} that visitors may load: names by commas, any (public one), or none (default: any
+where --host is this computer, none for other hosts and on a Space)"""
 
 
 def main(argv: Sequence[str] | None = None, progress: Progress | None = None) -> None:
@@ -30,40 +55,26 @@ def main(argv: Sequence[str] | None = None, progress: Progress | None = None) ->
 
 
 def parse_args(argv: Sequence[str] | None = None, program: str | None = None) -> argparse.Namespace:
-    """Command-line arguments; a hosting platform may set address and port by environment."""
-    parser = argparse.ArgumentParser(
-        program,
-        description="Serves the page: every defence's answer to one picture.",
-    )
+    """Command-line arguments; a hosting platform may set some of them by environment."""
+    about = "Serves the page: every defence's answer to one picture."
+    parser = argparse.ArgumentParser(program, description=about)
     parser.set_defaults(program=parser.prog)
-    parser.add_argument(
-        "--host",
-        default=os.environ.get("GRADIO_SERVER_NAME", "127.0.0.1"),
-        help="address to serve on (default %(default)s: this computer only)",
-    )
-    parser.add_argument(
-        "--port",
-        type=_port,
-        default=os.environ.get("GRADIO_SERVER_PORT", "7860"),
-        help="port (default %(default)s)",
-    )
-    parser.add_argument(
-        "--backbone",
-        default=os.environ.get("TAPT_BACKBONE"),
-        help="tiny (embedded), ViT-B-16, hf-hub:owner/repo, ..., or several by commas for the page "
-        "to choose from (default: the pack's, else tiny)",
-    )
-    parser.add_argument(
-        "--pack",
-        default=os.environ.get("TAPT_PACK"),
-        help="embedded pack, folder or Hub id owner/repo (default: the backbone's own, else "
-        "untrained prompts)",
-    )
+    for option, variable, default, text in OPTIONS:
+        parser.add_argument(option, default=os.environ.get(variable, default), help=text)
+    for what in ("backbones", "packs"):
+        parser.add_argument(f"--allow-{what}", metavar="NAMES", help=ALLOW.format(what))
     parser.add_argument("--device", help="cuda, mps or cpu (default: the first that is there)")
-    parser.add_argument(
-        "--mcp", action="store_true", help="also serve as tools of the Model Context Protocol"
-    )
-    return parser.parse_args(argv)
+    mcp = os.environ.get("GRADIO_MCP_SERVER", "").lower() == "true"
+    text = "also serve tools of the Model Context Protocol"
+    parser.add_argument("--mcp", action="store_true", default=mcp, help=text)
+    args = parser.parse_args(argv)
+    if not args.port.isdecimal() or not 1 <= int(args.port) <= 65535:
+        parser.error(f"argument --port: must be a whole number from 1 to 65535, got {args.port!r}")
+    args.port = int(args.port)
+    private = args.host in ("127.0.0.1", "localhost", "::1") and "SPACE_ID" not in os.environ
+    args.allow_backbones = args.allow_backbones or ("any" if private else "none")
+    args.allow_packs = args.allow_packs or ("any" if private else "none")
+    return args
 
 
 def build(args: argparse.Namespace, progress: Progress | None = None) -> gr.Blocks:
@@ -76,13 +87,15 @@ def build(args: argparse.Namespace, progress: Progress | None = None) -> gr.Bloc
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # gradio reads it when it is imported
     # imported late, so that --help and a mistyped option answer at once
     from tapt.ui.page import build_page
-    from tapt.ui.service import load_service
+    from tapt.ui.service import Service
 
-    options = {"token": None, "progress": progress}
+    allowed = {"allow_backbones": args.allow_backbones, "allow_packs": args.allow_packs}
+    options: dict[str, Any] = {"token": None, "progress": progress, **allowed}
     try:
-        return build_page(load_service(args.backbone, args.pack, args.device, **options))
+        service = Service(args.backbone, args.pack, args.device, **options)
     except TaptError as error:
         _fail(args, str(error))
+    return build_page(service)
 
 
 def launch(page: gr.Blocks, args: argparse.Namespace) -> None:
@@ -96,7 +109,6 @@ def launch(page: gr.Blocks, args: argparse.Namespace) -> None:
             server_port=args.port,
             prevent_thread_lock=True,
             mcp_server=args.mcp,
-            show_error=args.mcp,  # an agent, too, gets the sentences that the page shows
             **launch_options(),
         )
     except OSError:
@@ -121,12 +133,6 @@ def _share_heaps() -> None:
     m_arena_max = -8  # malloc.h
     with suppress(OSError, AttributeError):  # another C library
         ctypes.CDLL("libc.so.6").mallopt(m_arena_max, 2)
-
-
-def _port(text: str) -> int:
-    if not text.isdecimal() or not 1 <= int(text) <= 65535:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 to 65535, got {text!r}")
-    return int(text)
 
 
 def _fail(args: argparse.Namespace, message: str) -> NoReturn:
