@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from tapt.comparison import Comparison
 from tapt.core.errors import InputError
 from tapt.evaluation.sweep import Sweep, sweep_steps
-from tapt.model import DRAWS, Model, Progress, in_thread
+from tapt.model import Model, Progress, in_thread
 from tapt.ui import on_gpu
 from tapt.ui.inputs import Request, in_words, read_request, refusal
 from tapt.ui.service import Service
@@ -110,7 +110,6 @@ class Runs:
                 attacked=asked.attacked_model,
                 label=request.label,
                 target=request.target,
-                draws=DRAWS if attack is None or attack.method.gradients else 1,
                 defenses=asked.defenses,
                 settings=asked.settings,
                 seed=asked.seed,

@@ -17,7 +17,8 @@ from tapt.core.backbone import Backbone
 from tapt.core.errors import InputError
 from tapt.core.prompts import PromptConfig
 from tapt.defenses import find_defenses
-from tapt.model import DRAWS, VICTIM, Changes, Model, load
+from tapt.defenses.adaptive import is_adaptive
+from tapt.model import QUICK, VICTIM, Changes, Model, load
 from tapt.packs.backbones import OPENAI_NAMES, embedded_backbones, is_public, load_backbone
 from tapt.packs.format import Pack, hub_packs, list_packs, load_pack, untrained_pack
 from tapt.packs.hub import Origin, Progress, Token, parse_id
@@ -294,10 +295,10 @@ def _parts(model: Model, request: Request, attacks: int = 1) -> dict[str, float]
     parts: dict[str, float] = {r.name: answers * _passes(model, r.name, changes) for r in rows}
     if attack is not None:
         kind, _, name = request.fields.attacked_model.partition(":")
-        own = 1
+        own = 1.0
         if kind == "deployed":
-            draws = DRAWS if attack.method.gradients else 1
-            own = draws * _passes(model, name or VICTIM, changes)
+            own = _passes(model, name or VICTIM, changes)
+            own = QUICK.pool + own / QUICK.refresh if is_adaptive(attack) else QUICK.draws * own
         passes = attack.method.passes(attack.budget_steps, len(request.classes))
         parts[f"{attack.name} on {request.fields.attacked_model}"] = attacks * own * passes
     return parts
