@@ -348,7 +348,11 @@ def test_damaged_link_changes_nothing_but_says_so(page: Page):
 
 def test_how_each_row_decided(page: Page):
     """Fault 12: the loss could not be recomputed from what was shown."""
-    fill(page, defenses=["tapt", "ttc"], settings={"tapt.views": 20, "tapt.alpha": 0.25})
+    fill(
+        page,
+        defenses=["tapt", "ttc"],
+        settings={"tapt.views": 20, "tapt.alpha": 0.25, "ttc.tau_threshold": 0.3},
+    )
     finish(page)
     opened = page.locator("#rows .t-more")
     for summary in page.locator("#rows summary").all():
@@ -370,7 +374,7 @@ def test_how_each_row_decided(page: Page):
     }
     formula = re.search(r"total = (.*);", part.inner_text())[1].replace("×", "*")
     assert eval(formula, {}, losses) == pytest.approx(losses["total"], rel=1e-3)
-    assert "threshold 0.2" in ttc.inner_text()
+    assert "threshold 0.3" in ttc.inner_text()
     assert "perturbation" in ttc.locator("img").first.get_attribute("alt")
 
 

@@ -38,6 +38,7 @@ import tapt.ui
 from tapt.core.backbone import Backbone
 from tapt.core.errors import InputError, PackError
 from tapt.defenses import Defense, list_defenses
+from tapt.model import QUICK
 from tapt.ui import api, background, inputs, serve
 from tapt.ui.background import Runs
 from tapt.ui.page import build_page, launch_options
@@ -111,7 +112,8 @@ def agent(server: str, *calls: tuple[str, dict]) -> tuple[list[Tool], list[CallT
             tools = (await session.list_tools()).tools
             return tools, [await session.call_tool(*each) for each in calls]
 
-    return asyncio.run(run())
+    with concurrent.futures.ThreadPoolExecutor(1) as aside:  # Playwright's loop runs in this thread
+        return aside.submit(asyncio.run, run()).result()
 
 
 def test_compare_and_analyze_return_every_value(client: Client):
@@ -328,10 +330,11 @@ def test_twenty_people_at_once_get_their_own_results(server: str):
     assert one(7)[1]["results"] == together[7][1]["results"]
 
 
-@pytest.mark.parametrize(("attack", "draws"), [("pgd", 4), ("square", 1)])
-def test_a_deployed_defence_may_be_attacked(server: str, attack: str, draws: int):
+@pytest.mark.parametrize("attack", ["pgd", "square"])
+def test_a_deployed_defence_may_be_attacked(server: str, attack: str):
     settings = analyzed(server, attack=attack, attacked_model="deployed:ensemble")["settings"]
-    assert (settings["attacked_model"], settings["draws"]) == ("deployed:ensemble", draws)
+    assert settings["attacked_model"] == "deployed:ensemble"
+    assert settings["adaptive"] == QUICK.model_dump()
 
 
 def test_a_full_queue_says_so(server: str):
