@@ -41,7 +41,7 @@ from tapt.packs.format import Pack, default_pack, open_pack
 from tapt.packs.hub import Origin, Token
 
 ATTACKED_MODELS = ("clip", "static", "deployed")
-DEFAULT = "tiny/vli"
+DEFAULT = "small/vli"
 VICTIM = "tapt"  # the defence that `deployed` attacks where a picture is compared
 QUICK = Adaptive(pool=2, refresh=3, judging=4, draws=1)  # for one picture, somebody waits
 REMEMBERED = 8  # class lists
@@ -396,9 +396,9 @@ def load(
 ) -> Model:
     """Loads a model.
 
-    name: a pack (embedded, `tiny/vli`; a Hub id, `owner/repo@v1`; a folder), which brings its
+    name: a pack (embedded, `small/vli`; a Hub id, `owner/repo@v1`; a folder), which brings its
         backbone along, or a backbone (`ViT-B-16`, `hf-hub:owner/repo`, `random:ViT-B-32`, ...),
-        with its embedded pack or else untrained prompts. Default `tiny/vli`.
+        with its embedded pack or else untrained prompts. Default `small/vli`.
     backbone, pack: the same, one by one; with both, the pack must have been made for the backbone.
     revision: branch, tag or commit of a Hub backbone.
     device: default CUDA, then MPS, then CPU, whichever is there.

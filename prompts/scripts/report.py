@@ -5,7 +5,8 @@
 
 A cell ends after an hour at the latest. Killed or called again, the script goes on where it was;
 finished cells cost seconds. When a cell is done its rows are recorded in the pack and its card, and
-the pack's `report.md` and plots are written anew.
+the pack's `report.md` and plots are written anew. The `budget` cells attack TAPT as deployed, the
+same images with more and more steps; they are drawn in `budget.png` and not recorded.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+
+from matplotlib.figure import Figure
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from tapt.defenses import list_defenses
@@ -28,6 +31,7 @@ DEPLOYED = "--attacked deployed --attack {attack} --defenses {name} --epsilon {e
 BUDGET = "--steps 40 --rescore 20 --batch-size 5"
 TRANSFER = "--attacked {model} --attack {attack} --epsilon {epsilon}/255 --limit 500 --steps 100"
 EVERYBODY = f" --defenses {','.join(list_defenses())}"
+BUDGETS = ((5, 1, 5), (10, 2, 4), (20, 2, 4), (40, 4, 4), (80, 8, 2))  # steps, pool, refresh
 
 
 def cells() -> dict[str, tuple[str, str]]:
@@ -61,13 +65,18 @@ def cells() -> dict[str, tuple[str, str]]:
     square = DEPLOYED.format(attack="square", name="tapt", epsilon=2)
     square += " --queries 1000 --draws 4 --rescore 20 --batch-size 5 --limit 20"
     every["square-tapt-2"] = "square", square
+    for steps, pool, refresh in BUDGETS:
+        options = DEPLOYED.format(attack="pgd", name="tapt", epsilon=2)
+        options += f" --steps {steps} --pool {pool} --refresh {refresh} --limit 50 --rescore 20"
+        every[f"budget-{steps}"] = f"budget-{steps}", f"{options} --batch-size 5"
     return every
 
 
 def measure(pack: str, cell: str, data: str, out: Path, minutes: float) -> bool:
     """Runs one cell; False where the time was up."""
     folder, options = cells()[cell]
-    command = f"-m tapt evaluate --pack {pack} --record {options}".split()
+    record = "" if folder.startswith("budget") else "--record"
+    command = f"-m tapt evaluate --pack {pack} {record} {options}".split()
     places = ["--data", str(Path(data).resolve()), "--out", str((out / pack / folder).resolve())]
     try:
         code = subprocess.run(
@@ -84,7 +93,13 @@ def write_report(pack: str, out: Path) -> None:
     """One report of all the pack's folders, with the settings that they share."""
     folders = dict.fromkeys(folder for folder, _ in cells().values())
     paths = [path for name in folders if (path := out / pack / name / "results.json").exists()]
-    summaries = [json.loads(path.read_text()) for path in paths]
+    budgets = [path for path in paths if path.parent.name.startswith("budget")]
+    if budgets:
+        rows = [json.loads(path.read_text())["rows"][0] for path in budgets]
+        budget_figure(rows).savefig(ROOT / "prompts" / pack / "budget.png", dpi=120)
+    summaries = [json.loads(path.read_text()) for path in paths if path not in budgets]
+    if not summaries:
+        return
     first, *others = (summary["settings"] for summary in summaries)
     merged = {
         "settings": {k: v for k, v in first.items() if all(each.get(k) == v for each in others)},
@@ -97,6 +112,24 @@ def write_report(pack: str, out: Path) -> None:
     for name, content in plots.items():
         write_file(ROOT / "prompts" / pack / name, content)
     write_file(ROOT / "prompts" / pack / "report.md", report(merged, list(plots)).encode())
+
+
+def budget_figure(rows: list[dict]) -> Figure:
+    """Accuracy with its 95 % interval against the seconds that the attack takes for an image."""
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
+    seconds = [row["attack_seconds_per_image"] for row in rows]
+    shares = [100 * row["accuracy"] for row in rows]
+    below = [share - 100 * row["ci95"][0] for share, row in zip(shares, rows, strict=True)]
+    above = [100 * row["ci95"][1] - share for share, row in zip(shares, rows, strict=True)]
+    axes.errorbar(seconds, shares, yerr=[below, above], marker="o", capsize=3)
+    for x, y, row in zip(seconds, shares, rows, strict=True):
+        axes.annotate(f"{row['steps']} steps", (x, y), (5, 5), textcoords="offset points")
+    axes.set_xscale("log")
+    axes.set_ylim(0, 100)
+    axes.set_xlabel("seconds of attack per image")
+    axes.set_ylabel(f"{rows[0]['defense']} left with, % of n = {rows[0]['n']}")
+    return figure
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "settings and measures a first table on held-out images, and writes the pack with its "
         "card. Killed and called again, it goes on; also under `accelerate launch`."
     )
-    add_backbone_options(parser, default="tiny")
+    add_backbone_options(parser, default="small")
     parser.add_argument("--data", required=True, type=filled, help=DATA_HELP)
     parser.add_argument("--out", required=True, type=filled, help="folder for the pack")
     parser.add_argument("--work", type=filled, help="for what is unfinished; default OUT-work")

@@ -197,7 +197,7 @@ def attack_of(args: argparse.Namespace, name: str, **changes: Any) -> Attack:
 
 def add_training_options(parser: argparse.ArgumentParser, out: str) -> None:
     """Backbone, data, folder and checkpoints; `out` is the folder's help."""
-    add_backbone_options(parser, default="tiny")
+    add_backbone_options(parser, default="small")
     parser.add_argument("--data", required=True, type=filled, help=DATA_HELP)
     parser.add_argument("--out", required=True, type=filled, help=out)
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
@@ -209,7 +209,7 @@ def add_training_options(parser: argparse.ArgumentParser, out: str) -> None:
 def add_backbone_options(parser: argparse.ArgumentParser, *, default: str | None) -> None:
     """Which backbone, and where it runs."""
     parser.add_argument(
-        "--backbone", type=filled, default=default, help="tiny, ViT-B-16, hf-hub:owner/repo, ..."
+        "--backbone", type=filled, default=default, help="small, ViT-B-16, hf-hub:owner/repo, ..."
     )
     parser.add_argument("--revision", type=filled, help="branch, tag or commit of a Hub backbone")
     parser.add_argument(
@@ -223,7 +223,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--pack",
         type=filled,
-        help="tiny/vli, a folder or a Hub id owner/repo; default: the backbone's own",
+        help="small/vli, a folder or a Hub id owner/repo; default: the backbone's own",
     )
 
 

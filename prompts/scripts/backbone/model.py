@@ -9,7 +9,7 @@ import open_clip
 import torch
 import torch.nn.functional as F
 from backbone.kept import as_json
-from backbone.words import Kind
+from backbone.words import FIRST, Kind
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -54,7 +54,7 @@ class Preset:
 PRESETS = {
     "tiny": Preset(32, 4, 192, 6, 128, 0.2, 50, (Stage(0.95, 32, 0.5), Stage(0.05, 32, 1))),
     "small": Preset(
-        64, 8, 192, 6, 192, 0.35, 30, (Stage(0.55, 32, 1), Stage(0.27, 48, 1), Stage(0.18, 64, 1))
+        64, 8, 192, 6, 192, 0.35, 13, (Stage(0.80, 32, 1), Stage(0.13, 48, 1), Stage(0.07, 64, 1))
     ),
 }
 
@@ -87,10 +87,11 @@ def encode_image(
 
 
 def export(model: nn.Module, preset: Preset, kinds: list[Kind], out: Path) -> None:
-    """Config, float16 weights and the names that the model knows."""
+    """Config, float16 weights and the names that the model knows, everyday things first."""
     out.mkdir(parents=True, exist_ok=True)
     weights = {k: v.detach().half().cpu().contiguous() for k, v in model.state_dict().items()}
     write_file(out / "open_clip_model.safetensors", save(weights))
     write_file(out / "open_clip_config.json", as_json(preset.config))
-    names = [{"name": kind.name, "synonyms": kind.words[1:]} for kind in kinds]
+    ordered = sorted(kinds, key=lambda kind: FIRST.index(kind.name) if kind.name in FIRST else 99)
+    names = {kind.name: kind.words[1:] for kind in ordered}
     write_file(out / "names.json", as_json(names))

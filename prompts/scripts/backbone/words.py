@@ -43,6 +43,29 @@ MORE_EVERYDAY = {  # beside those of --words
     "vegetable": ["cauliflower", "bell pepper"],
 }
 
+FIRST = [  # in the list of what a model knows: what a page begins with
+    "cat",
+    "dog",
+    "horse",
+    "bird",
+    "deer",
+    "frog",
+    "airplane",
+    "automobile",
+    "truck",
+    "ship",
+    "banana",
+    "orange",
+    "pizza",
+    "mushroom",
+    "espresso",
+    "teapot",
+    "umbrella",
+    "sunglasses",
+    "backpack",
+    "sandal",
+]
+
 
 @dataclass(frozen=True)
 class Kind:
