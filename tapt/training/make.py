@@ -20,8 +20,9 @@ from tapt.defenses import ImageBatch, find_defenses, list_defenses
 from tapt.model import Model
 from tapt.packs.card import write_pack
 from tapt.packs.format import CONFIG, Pack, load_pack, open_pack
-from tapt.processes import load_checkpoint, start_processes
+from tapt.processes import start_processes
 from tapt.training.batches import TrainConfig, split_data
+from tapt.training.checkpoints import read_checkpoint
 from tapt.training.choose import candidates, choose_settings
 from tapt.training.prompts import Trainer, train
 from tapt.training.statistics import statistics
@@ -175,7 +176,7 @@ def _drop_damaged(folder: Path) -> None:
     """Removes checkpoints that cannot be read, so that their stage begins anew."""
     for path in folder.glob("*.ckpt") if start_processes().is_main_process else ():
         try:
-            load_checkpoint(path)
+            read_checkpoint(path)
         except InputError:
             path.unlink()
     start_processes().wait_for_everyone()
