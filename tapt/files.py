@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tapt.core.errors import InputError
 
@@ -39,6 +43,15 @@ def write_file(path: Path, data: bytes) -> None:
     except BaseException:
         os.unlink(temporary)
         raise
+
+
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one in each line, none without the file; lines that were cut
+    short are passed over."""
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            if isinstance(value := json.loads(line), dict):
+                yield value
 
 
 def check_output(path: str | os.PathLike, *, folder: bool = False) -> Path:

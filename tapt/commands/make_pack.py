@@ -12,17 +12,16 @@ from typing import Any
 from tapt.commands.options import (
     DATA_HELP,
     add_backbone_options,
-    add_settings,
-    backbone_of,
+    add_prompt_options,
     filled,
     given,
-    join_processes,
     positive,
+    training_inputs,
 )
 from tapt.core.attacks import Attack
 from tapt.core.errors import InputError
 from tapt.core.prompts import PromptConfig
-from tapt.data import LabelledImages, load_data
+from tapt.data import LabelledImages
 from tapt.evaluation import evaluate, record
 from tapt.files import check_output
 from tapt.model import Model
@@ -31,8 +30,6 @@ from tapt.packs.card import read_notes
 from tapt.packs.publish import check_target, publish
 from tapt.training.batches import TrainConfig, split_data
 from tapt.training.make import PRESETS, Recipe, estimate, made, make_pack, make_recipe
-
-LAYOUT = ("design", "tokens", "visual_depth", "text_depth")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,8 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search", type=positive, metavar="N", help="held-out images that settings are chosen on"
     )
-    add_settings(parser, PromptConfig, only=LAYOUT)
-    add_settings(parser, TrainConfig)
+    add_prompt_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,8 +69,7 @@ def run(args: argparse.Namespace) -> int:
             raise InputError(
                 f"Others cannot load {args.backbone!r}: publish it, use hf-hub:owner/repo."
             )
-    state = join_processes(args)
-    backbone, data = backbone_of(args), load_data(args.data, "train")
+    state, backbone, data = training_inputs(args)
     recipe = make_recipe(args.preset, backbone, data, *own)
     recipe = replace(recipe, search=args.search or recipe.search)
 

@@ -16,13 +16,16 @@ from tapt.commands.bars import download_bar
 from tapt.core.attacks import METHODS, Attack
 from tapt.core.backbone import Backbone
 from tapt.core.errors import InputError
+from tapt.core.prompts import PromptConfig
 from tapt.core.settings import Settings, plain_type, rule
+from tapt.data import LabelledImages, load_data
 from tapt.defenses import all_defenses
 from tapt.defenses.adaptive import Adaptive
 from tapt.files import check_output
 from tapt.model import Model, load
 from tapt.packs.backbones import load_backbone, usable_device
 from tapt.processes import start_processes
+from tapt.training.batches import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -206,6 +209,12 @@ def add_training_options(parser: argparse.ArgumentParser, out: str) -> None:
     )
 
 
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Layout and training of prompts."""
+    add_settings(parser, PromptConfig, only=("design", "tokens", "visual_depth", "text_depth"))
+    add_settings(parser, TrainConfig)
+
+
 def add_backbone_options(parser: argparse.ArgumentParser, *, default: str | None) -> None:
     """Which backbone, and where it runs."""
     parser.add_argument(
@@ -248,6 +257,12 @@ def join_processes(args: argparse.Namespace) -> PartialState:
     state = start_processes(args.device and usable_device(args.device))
     args.device = args.device or str(state.device)
     return state
+
+
+def training_inputs(args: argparse.Namespace) -> tuple[PartialState, Backbone, LabelledImages]:
+    """The joined processes, the backbone, and the training part of the data."""
+    state = join_processes(args)
+    return state, backbone_of(args), load_data(args.data, "train")
 
 
 def png_output(name: str, option: str) -> Path:

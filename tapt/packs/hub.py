@@ -201,12 +201,13 @@ def _fetch(where: HubId, limits: Mapping[str, int], token: Token, progress: Prog
 
     for path, checksum in checksums.items():
         job = partial(hf_hub_download, repo, path, revision=commit, token=token)
-        file = Path(ask(job, arrived=arrived))
-        if not _is_valid(file, checksum):
-            cached = False
+        for _ in range(2):
             file = Path(ask(job, arrived=arrived))
-            if not _is_valid(file, checksum):
-                raise HubError(f"{path} of {repo} arrives damaged: its checksum is wrong.")
+            if _is_valid(file, checksum):
+                break
+            cached = False
+        else:
+            raise HubError(f"{path} of {repo} arrives damaged: its checksum is wrong.")
     if not cached:
         progress(total, total)
     names = {path.rpartition("/")[2]: checksum for path, checksum in checksums.items()}

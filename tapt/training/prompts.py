@@ -10,7 +10,6 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from tapt.core.images import to_float
 from tapt.core.prompts import PromptConfig, Prompts, class_texts, image_logits, init_prompts
 from tapt.core.towers import encode_image
 from tapt.data import LabelledImages
-from tapt.files import check_output, write_file
+from tapt.files import check_output, json_lines, write_file
 from tapt.packs.format import Pack, base_model, save_pack
 from tapt.processes import start_processes, total
 from tapt.training.batches import (
@@ -265,9 +264,5 @@ def training_rows(trainer: Trainer, checkpoint: Checkpoint) -> Iterator[dict[str
 
 def _trim_log(log: Path, step: int) -> None:
     """Drops rows that a resumed run will write again, and one that was cut short."""
-    kept = []
-    for line in log.read_bytes().splitlines() if log.exists() else []:
-        with suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-    write_file(log, b"".join(kept))
+    kept = [row for row in json_lines(log) if row.get("step", step + 1) <= step]
+    write_file(log, "".join(json.dumps(row) + "\n" for row in kept).encode())
