@@ -12,7 +12,6 @@ from tapt.packs.convert import convert_files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     parser.description = (
         "Makes a pack of a checkpoint of the method's research code. Nothing of the file is "
         "executed; it may also hold the whole CLIP, an optimiser and a scheduler. What is missing "

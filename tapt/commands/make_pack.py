@@ -33,7 +33,6 @@ from tapt.training.make import PRESETS, Recipe, estimate, made, make_pack, make_
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     parser.description = (
         "Trains adversarial and clean-tuned prompts, takes their statistics, chooses the test-time "
         "settings and measures a first table on held-out images, and writes the pack with its "

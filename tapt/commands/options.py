@@ -151,11 +151,8 @@ def add_test_time(parser: argparse.ArgumentParser) -> None:
 
 
 def test_time(args: argparse.Namespace) -> dict[str, Any]:
-    """What was given of the test-time settings: `DEFENCE.NAME` to value.
-
-    Raises:
-        InputError: `--set` names no setting, or a value is outside its range.
-    """
+    """What was given of the test-time settings: `DEFENCE.NAME` to value. `InputError` where `--set`
+    names no setting, or a value is outside its range."""
     known = _test_time()
     values = {key: getattr(args, f"setting{option}", None) for key, (option, _) in known.items()}
     changes = {key: value for key, value in values.items() if value is not None}
@@ -187,11 +184,7 @@ def add_attack_options(parser: argparse.ArgumentParser, *fields: str) -> None:
 
 
 def attack_of(args: argparse.Namespace, name: str, **changes: Any) -> Attack:
-    """The attack of this name with the command's options.
-
-    Raises:
-        InputError: one of them is outside its range.
-    """
+    """The attack of this name with the command's options; `InputError` for one out of range."""
     values = {**given(args, Attack), "name": name, **changes}
     if name in METHODS and not METHODS[name].gradients and args.queries is not None:
         values["steps"] = args.queries
@@ -266,11 +259,8 @@ def training_inputs(args: argparse.Namespace) -> tuple[PartialState, Backbone, L
 
 
 def png_output(name: str, option: str) -> Path:
-    """The path of a PNG file that can be written; its folder is made where it is missing.
-
-    Raises:
-        InputError: another ending, or it cannot be written.
-    """
+    """The path of a PNG file, its folder made where it is missing; `InputError` for another ending,
+    or where it cannot be written."""
     path = Path(name)
     if path.suffix.lower() != ".png":
         raise InputError(f"{option} writes a PNG: end its name in .png, got {name!r}.")

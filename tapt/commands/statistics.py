@@ -19,7 +19,6 @@ from tapt.training.statistics import statistics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     add_training_options(parser, "folder for the finished pack")
     parser.add_argument(
         "--adversarial", required=True, type=filled, help="folder with adversarially tuned prompts"

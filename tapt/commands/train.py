@@ -20,7 +20,6 @@ from tapt.training.prompts import train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     parser.description = (
         "Adversarial prompt tuning on a frozen backbone: makes the prompts that every image starts "
         "from, one process or several under `accelerate launch`."

@@ -38,13 +38,12 @@ print(model.compare("photo.jpg", ["cat", "dog"]))
 
 
 def write_pack(pack: Pack, folder: str | os.PathLike) -> None:
-    """Saves a pack with its card; of an older card in this folder, the section `## Notes` is kept.
+    """Saves a finished pack with its card; of an older card, the section `## Notes` is kept.
     `PackError`, and nothing written, where that card is not text."""
     notes = read_notes(folder)
     save_pack(pack, folder)
-    if pack.statistics is not None:
-        card = model_card(pack, pack_name(folder), notes=notes)
-        write_file(Path(folder) / CARD, card.encode())
+    card = model_card(pack, pack_name(folder), notes=notes)
+    write_file(Path(folder) / CARD, card.encode())
 
 
 def read_notes(folder: str | os.PathLike) -> str:

@@ -234,11 +234,11 @@ def save_pack(pack: Pack, folder: str | os.PathLike) -> None:
     not belong to these prompts. `tapt.packs.card.write_pack` also writes the card.
     """
     files = {PROMPTS: pack.prompts.tensors}
-    if pack.statistics is not None:
-        files[STATISTICS] = pack.statistics_tensors()
     config, folder = config_bytes(pack), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if pack.statistics is None:
+    if measured := pack.statistics_tensors():
+        files[STATISTICS] = measured
+    else:
         for stale in (STATISTICS, CARD):
             (folder / stale).unlink(missing_ok=True)
     for name, tensors in files.items():

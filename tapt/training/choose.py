@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -21,6 +21,7 @@ from torch import Tensor
 from tapt.core.attacks import Attack, attack_images
 from tapt.core.clip import PromptedClip
 from tapt.core.errors import InputError
+from tapt.core.tuning import Progress
 from tapt.core.views import image_seeds
 from tapt.data import LabelledImages
 from tapt.defenses import Defense, ImageBatch, PreparedDefense, find_defenses, list_defenses
@@ -45,7 +46,7 @@ def choose_settings(
     defenses: Sequence[str] | None = None,
     images: int = 160,
     steps: int = 10,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Progress = lambda done, total: None,
 ) -> Pack:
     """The model's pack with chosen settings, and in `training` how they were chosen.
 

@@ -65,10 +65,8 @@ def make_recipe(
     """A preset for a backbone and data set: `paper`, the published settings; `quick`, an hour of
     eight cores with ViT-B/32; `embedded`, what the packs that come along were made with.
 
-    prompts, training: what is to differ from it.
-
-    Raises:
-        InputError: prompts that do not fit the backbone, or values out of range.
+    prompts, training: what is to differ from it; `InputError` for prompts that do not fit the
+        backbone, and for values out of range.
     """
     classes, every = len(data.classes), tuple(list_defenses())
     layout: dict[str, Any] = {
@@ -152,11 +150,8 @@ def made(
     *,
     statistics: bool = True,
 ) -> Pack | None:
-    """What a stage has left in a folder; None where there is nothing, or nothing whole.
-
-    Raises:
-        InputError: it was made otherwise.
-    """
+    """What a stage has left in a folder; None where there is nothing, or nothing whole, and
+    `InputError` where it was made otherwise."""
     if not (folder / CONFIG).is_file():
         return None
     try:
