@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from tapt.core.errors import InputError
 
@@ -22,12 +26,8 @@ _REASONS = {
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes aside, then renames: a reader sees the old file or the whole new one.
-
-    Raises:
-        InputError: something other than a file has this name; it stays.
-        OSError: the file cannot be written.
-    """
+    """Writes aside, then renames: a reader sees the old file or the whole new one. `InputError`
+    where something other than a file has this name; `OSError` where it cannot be written."""
     if path.exists() and not path.is_file():
         raise InputError(f"{path.name!r} cannot be written: it is not a regular file.")
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".write-")
@@ -41,14 +41,18 @@ def write_file(path: Path, data: bytes) -> None:
         raise
 
 
+def json_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file with one in each line, none without the file; lines that were cut
+    short are passed over."""
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        with suppress(ValueError):
+            if isinstance(value := json.loads(line), dict):
+                yield value
+
+
 def check_output(path: str | os.PathLike, *, folder: bool = False) -> Path:
-    """The path, where a file or folder can be written there; asked before any work begins.
-
-    folder: its parents need not be there.
-
-    Raises:
-        InputError: it cannot be written; the message says why.
-    """
+    """The path, where a file or a folder, whose parents need not be there, can be written;
+    otherwise `InputError` says why. Asked before any work begins."""
     what = "folder" if folder else "file"
     try:
         target = Path(path).expanduser()
@@ -67,16 +71,14 @@ def _obstacle(target: Path, folder: bool) -> str | None:
     while not (status := _status(place)):
         place = place.parent
     if place == target and not (stat.S_ISDIR if folder else stat.S_ISREG)(status.st_mode):
-        return (
-            "it is a folder"
-            if stat.S_ISDIR(status.st_mode)
-            else "it is not a regular " + ("folder" if folder else "file")
-        )
+        if stat.S_ISDIR(status.st_mode):
+            return "it is a folder"
+        return f"it is not a regular {'folder' if folder else 'file'}"
     if place not in (target, target.parent) and not folder:
-        return describe(OSError(errno.ENOENT, ""))
+        return _REASONS[errno.ENOENT]
     writable = place if stat.S_ISDIR(status.st_mode) else place.parent
     allowed = os.access(writable, os.W_OK | os.X_OK)
-    return None if allowed else describe(OSError(errno.EACCES, ""))
+    return None if allowed else _REASONS[errno.EACCES]
 
 
 def _status(path: Path) -> os.stat_result | None:

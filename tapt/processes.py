@@ -1,16 +1,12 @@
-"""Several processes or GPUs under `accelerate launch`, and checkpoints of long commands."""
+"""Several processes or GPUs under `accelerate launch`."""
 
 from __future__ import annotations
 
-import os
 from datetime import timedelta
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
-
-from tapt.core.errors import InputError
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -44,25 +40,3 @@ def gather(value: T) -> list[T]:
 
     values: list[T] = gather_object([value])
     return values
-
-
-def save_checkpoint(state: dict[str, Any], path: Path) -> None:
-    """Writes tensors and plain values aside, then renames: a kill leaves the old file whole."""
-    temporary = path.with_suffix(".tmp")
-    torch.save(state, temporary)
-    os.replace(temporary, path)
-
-
-def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> dict[str, Any]:
-    """Reads what `save_checkpoint` wrote.
-
-    Raises:
-        InputError: the file is damaged or something else.
-    """
-    try:
-        state = torch.load(path, weights_only=True, map_location=device)
-    except Exception as error:  # damaged files raise whatever the unpickler stumbles over
-        raise InputError(f"{path.name} is not a whole checkpoint; start anew.") from error
-    if not isinstance(state, dict):
-        raise InputError(f"{path.name} is not a checkpoint; start anew.")
-    return state

@@ -303,7 +303,7 @@ def test_a_failed_save_leaves_the_old_files(
 
 
 def test_prompts_without_statistics_do_not_keep_older_ones(toy: Backbone, folder: Path):
-    write_pack(replace(make_pack(toy), statistics=None), folder)
+    save_pack(replace(make_pack(toy), statistics=None), folder)
     assert {path.name for path in folder.iterdir()} == {CONFIG, PROMPTS}
     assert f"has no {STATISTICS}" in refused(folder, toy)
     alone = load_pack(folder, toy, statistics=False)

@@ -28,8 +28,9 @@ from tapt.core.views import random_view
 from tapt.data import LabelledImages, Pixels, load_data
 from tapt.packs.format import Pack, load_pack
 from tapt.training.batches import MAX_HELD_OUT, TrainConfig, draw_batch, split_data
+from tapt.training.checkpoints import Checkpoint
 from tapt.training.prompts import CHECKPOINT, LOG, Trainer, _trim_log, train
-from tapt.training.statistics import Checkpoint, merged, statistics, token_moments
+from tapt.training.statistics import merged, statistics, token_moments
 
 CLASSES = ["bird", "cat", "frog"]
 PROMPTS = PromptConfig(design="VLI", tokens=2, visual_depth=2)
@@ -268,20 +269,21 @@ def test_statistics_make_a_whole_pack(toy: Backbone, data: Path, parts: list[Pac
 def test_statistics_refuse_a_checkpoint_of_other_images(toy: Backbone, tmp_path: Path):
     prompts = init_prompts(toy, PROMPTS)
     checkpoint = Checkpoint(tmp_path / "part.ckpt", resume=True)
-    token_moments(toy, prompts, Pixels(noise(4), toy.preprocess), checkpoint=checkpoint)
+    token_moments(toy, prompts, Pixels(noise(4), toy.preprocess), range(4), checkpoint)
     others = Pixels(noise(4, seed=1), toy.preprocess)
     with pytest.raises(InputError, match="other prompts, other images"):
-        token_moments(toy, prompts, others, checkpoint=checkpoint)
+        token_moments(toy, prompts, others, range(4), checkpoint)
     checkpoint.path.write_bytes(b"nothing")
     with pytest.raises(InputError, match="not a whole checkpoint"):
-        token_moments(toy, prompts, others, checkpoint=checkpoint)
+        token_moments(toy, prompts, others, range(4), checkpoint)
 
 
-def test_parts_of_statistics_merge_in_any_order(toy: Backbone):
+def test_parts_of_statistics_merge_in_any_order(toy: Backbone, tmp_path: Path):
     """As the processes of `accelerate launch` cut the images."""
-    prompts, images = init_prompts(toy, PROMPTS), Pixels(noise(7), toy.preprocess)
-    whole = token_moments(toy, prompts, images)
-    parts = [token_moments(toy, prompts, images, indices=range(i, 7, 3)) for i in range(3)]
+    given = toy, init_prompts(toy, PROMPTS), Pixels(noise(7), toy.preprocess)
+    checkpoint = Checkpoint(tmp_path / "part.ckpt")
+    whole = token_moments(*given, range(7), checkpoint)
+    parts = [token_moments(*given, range(i, 7, 3), checkpoint) for i in range(3)]
     for order in itertools.permutations(parts):
         moments = merged(order)
         assert moments.count == whole.count
@@ -294,9 +296,11 @@ def test_parts_of_statistics_merge_in_any_order(toy: Backbone):
             )
 
 
-def test_statistics_are_mean_and_variance_of_hidden_states(toy: Backbone):
+def test_statistics_are_mean_and_variance_of_hidden_states(toy: Backbone, tmp_path: Path):
     prompts, images = init_prompts(toy, PROMPTS), Pixels(noise(7), toy.preprocess)
-    result = token_moments(toy, prompts, images, batch_size=3).statistics()
+    checkpoint = Checkpoint(tmp_path / "part.ckpt")
+    moments = token_moments(toy, prompts, images, range(7), checkpoint, batch_size=3)
+    result = moments.statistics()
     views = torch.stack(
         [random_view(to_float(images[i]), torch.Generator().manual_seed(i)) for i in range(7)]
     )

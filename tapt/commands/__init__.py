@@ -1,1 +1,2 @@
-"""The commands: each has `add_arguments(parser)` and `run(args)`, and its work is one call."""
+"""The commands: each has `add_arguments(parser)`, its options, and `run(args)`, which ends with
+an exit status; the work is one call."""

@@ -13,7 +13,6 @@ from tapt.evaluation.bench import Job, bench, mistakes, table
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     parser.description = (
         "Seconds and memory per image, each measurement in a process of its own: TAPT's step "
         "beside a second, plain implementation that keeps the gradients of all views and passes "

@@ -5,16 +5,13 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from tapt.commands.bars import download_bar
-from tapt.commands.options import filled
+from tapt.commands.options import backbone_of, filled
 from tapt.files import check_output
-from tapt.packs.backbones import load_backbone
 from tapt.packs.card import write_pack
 from tapt.packs.convert import convert_files
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     parser.description = (
         "Makes a pack of a checkpoint of the method's research code. Nothing of the file is "
         "executed; it may also hold the whole CLIP, an optimiser and a scheduler. What is missing "
@@ -24,6 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--design", required=True, choices=("V", "VLI", "VLJ"))
     parser.add_argument(
         "--base-model",
+        dest="backbone",
         required=True,
         type=filled,
         help="the backbone: ViT-B-16, hf-hub:owner/repo, ...",
@@ -38,18 +36,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="files with one tensor each, (blocks, tokens, width)",
     )
     parser.add_argument("--out", required=True, type=filled, help="folder for the pack")
+    parser.set_defaults(device="cpu")
 
 
 def run(args: argparse.Namespace) -> int:
     """Says where the pack is."""
     out = check_output(args.out, folder=True)
-    backbone, _ = load_backbone(
-        args.base_model,
-        revision=args.revision,
-        device="cpu",
-        token=None,
-        progress=download_bar(),
-    )
-    write_pack(convert_files(args.checkpoint, args.design, args.statistics, backbone), out)
+    pack = convert_files(args.checkpoint, args.design, args.statistics, backbone_of(args))
+    write_pack(pack, out)
     print(f"Pack written to {out}.")
     return 0

@@ -32,7 +32,6 @@ from tapt.model import Selection
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     parser.description = (
         "Accuracy of every defence with and without attack, with Wilson 95 % intervals and exact "
         "McNemar tests. Outcomes are appended per batch: killed and started again, with any number "

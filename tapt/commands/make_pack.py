@@ -9,37 +9,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import get_token
-
 from tapt.commands.options import (
     DATA_HELP,
     add_backbone_options,
-    add_settings,
-    backbone_of,
+    add_prompt_options,
     filled,
     given,
-    join_processes,
     positive,
+    training_inputs,
 )
 from tapt.core.attacks import Attack
-from tapt.core.errors import HubError, InputError
+from tapt.core.errors import InputError
 from tapt.core.prompts import PromptConfig
-from tapt.data import LabelledImages, load_data
+from tapt.data import LabelledImages
 from tapt.evaluation import evaluate, record
 from tapt.files import check_output
 from tapt.model import Model
 from tapt.packs.backbones import is_public
 from tapt.packs.card import read_notes
-from tapt.packs.hub import parse_id
-from tapt.packs.publish import publish
+from tapt.packs.publish import check_target, publish
 from tapt.training.batches import TrainConfig, split_data
 from tapt.training.make import PRESETS, Recipe, estimate, made, make_pack, make_recipe
 
-LAYOUT = ("design", "tokens", "visual_depth", "text_depth")
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     parser.description = (
         "Trains adversarial and clean-tuned prompts, takes their statistics, chooses the test-time "
         "settings and measures a first table on held-out images, and writes the pack with its "
@@ -60,8 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--search", type=positive, metavar="N", help="held-out images that settings are chosen on"
     )
-    add_settings(parser, PromptConfig, only=LAYOUT)
-    add_settings(parser, TrainConfig)
+    add_prompt_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -70,9 +62,13 @@ def run(args: argparse.Namespace) -> int:
     out = check_output(args.out, folder=True)
     work = check_output(args.work or f"{out}-work", folder=True)
     read_notes(out)
-    _check_push(args)
-    state = join_processes(args)
-    backbone, data = backbone_of(args), load_data(args.data, "train")
+    if args.push is not None:
+        check_target(args.push)
+        if not is_public(args.backbone):
+            raise InputError(
+                f"Others cannot load {args.backbone!r}: publish it, use hf-hub:owner/repo."
+            )
+    state, backbone, data = training_inputs(args)
     recipe = make_recipe(args.preset, backbone, data, *own)
     recipe = replace(recipe, search=args.search or recipe.search)
 
@@ -96,21 +92,6 @@ def run(args: argparse.Namespace) -> int:
         if args.push:
             print(f"Published: {publish(out, args.push).url}")
     return 0
-
-
-def _check_push(args: argparse.Namespace) -> None:
-    """What `publish` would refuse hours later."""
-    if args.push is None:
-        return
-    where = parse_id(args.push)
-    if where is None or where.subfolder or where.revision:
-        raise InputError(f"{args.push!r} is not a repo id; write owner/repo.")
-    if not is_public(args.backbone):
-        raise InputError(
-            f"Others cannot load {args.backbone!r}: publish it, use hf-hub:owner/repo."
-        )
-    if get_token() is None:
-        raise HubError("There is no Hub token: log in with `hf auth login`, or set HF_TOKEN.")
 
 
 def _measure(model: Model, data: LabelledImages, recipe: Recipe, folder: Path) -> list[dict]:

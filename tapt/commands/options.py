@@ -16,13 +16,16 @@ from tapt.commands.bars import download_bar
 from tapt.core.attacks import METHODS, Attack
 from tapt.core.backbone import Backbone
 from tapt.core.errors import InputError
+from tapt.core.prompts import PromptConfig
 from tapt.core.settings import Settings, plain_type, rule
+from tapt.data import LabelledImages, load_data
 from tapt.defenses import all_defenses
 from tapt.defenses.adaptive import Adaptive
 from tapt.files import check_output
 from tapt.model import Model, load
 from tapt.packs.backbones import load_backbone, usable_device
 from tapt.processes import start_processes
+from tapt.training.batches import TrainConfig
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -148,11 +151,8 @@ def add_test_time(parser: argparse.ArgumentParser) -> None:
 
 
 def test_time(args: argparse.Namespace) -> dict[str, Any]:
-    """What was given of the test-time settings: `DEFENCE.NAME` to value.
-
-    Raises:
-        InputError: `--set` names no setting, or a value is outside its range.
-    """
+    """What was given of the test-time settings: `DEFENCE.NAME` to value. `InputError` where `--set`
+    names no setting, or a value is outside its range."""
     known = _test_time()
     values = {key: getattr(args, f"setting{option}", None) for key, (option, _) in known.items()}
     changes = {key: value for key, value in values.items() if value is not None}
@@ -184,11 +184,7 @@ def add_attack_options(parser: argparse.ArgumentParser, *fields: str) -> None:
 
 
 def attack_of(args: argparse.Namespace, name: str, **changes: Any) -> Attack:
-    """The attack of this name with the command's options.
-
-    Raises:
-        InputError: one of them is outside its range.
-    """
+    """The attack of this name with the command's options; `InputError` for one out of range."""
     values = {**given(args, Attack), "name": name, **changes}
     if name in METHODS and not METHODS[name].gradients and args.queries is not None:
         values["steps"] = args.queries
@@ -204,6 +200,12 @@ def add_training_options(parser: argparse.ArgumentParser, out: str) -> None:
     parser.add_argument(
         "--checkpoint-minutes", type=float, default=3.0, metavar="X", help="between checkpoints"
     )
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Layout and training of prompts."""
+    add_settings(parser, PromptConfig, only=("design", "tokens", "visual_depth", "text_depth"))
+    add_settings(parser, TrainConfig)
 
 
 def add_backbone_options(parser: argparse.ArgumentParser, *, default: str | None) -> None:
@@ -250,12 +252,15 @@ def join_processes(args: argparse.Namespace) -> PartialState:
     return state
 
 
-def png_output(name: str, option: str) -> Path:
-    """The path of a PNG file that can be written; its folder is made where it is missing.
+def training_inputs(args: argparse.Namespace) -> tuple[PartialState, Backbone, LabelledImages]:
+    """The joined processes, the backbone, and the training part of the data."""
+    state = join_processes(args)
+    return state, backbone_of(args), load_data(args.data, "train")
 
-    Raises:
-        InputError: another ending, or it cannot be written.
-    """
+
+def png_output(name: str, option: str) -> Path:
+    """The path of a PNG file, its folder made where it is missing; `InputError` for another ending,
+    or where it cannot be written."""
     path = Path(name)
     if path.suffix.lower() != ".png":
         raise InputError(f"{option} writes a PNG: end its name in .png, got {name!r}.")

@@ -31,7 +31,6 @@ from tapt.files import write_file
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     add_picture_options(parser)
     parser.add_argument("--attack", default="none", choices=("none", *METHODS))
     add_attack_options(parser, "epsilon", "steps", "step_size", "seed")

@@ -9,7 +9,6 @@ from tapt.packs.publish import publish
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     parser.add_argument("folder", metavar="DIR", type=filled, help="folder of the pack")
     parser.add_argument("repo", metavar="owner/repo", help="model repo; made if it is not there")
     public = parser.add_mutually_exclusive_group()

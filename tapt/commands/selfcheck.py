@@ -10,7 +10,6 @@ from tapt.evaluation.selfcheck import selfcheck
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     parser.description = (
         "Sanity rules that an attack harness must pass. An image counts as right where a model "
         "keeps its own clean answer, so no labels are needed."

@@ -8,20 +8,17 @@ from typing import Any
 from tapt.commands.options import (
     add_test_time,
     add_training_options,
-    backbone_of,
     filled,
-    join_processes,
     test_time,
+    training_inputs,
 )
 from tapt.core.errors import InputError
-from tapt.data import load_data
 from tapt.files import check_output
 from tapt.packs.format import load_pack
 from tapt.training.statistics import statistics
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     add_training_options(parser, "folder for the finished pack")
     parser.add_argument(
         "--adversarial", required=True, type=filled, help="folder with adversarially tuned prompts"
@@ -41,8 +38,7 @@ def run(args: argparse.Namespace) -> int:
     if args.limit is not None and args.limit < 2:
         raise InputError(f"--limit must be at least 2, got {args.limit}.")
     changes, out = test_time(args), check_output(args.out, folder=True)
-    state = join_processes(args)
-    backbone = backbone_of(args)
+    state, backbone, data = training_inputs(args)
     adversarial, clean = (
         load_pack(folder, backbone, statistics=False) for folder in (args.adversarial, args.clean)
     )
@@ -52,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
         settings.setdefault(defense, {})[name] = value
     statistics(
         backbone,
-        load_data(args.data, "train"),
+        data,
         adversarial,
         clean,
         out,

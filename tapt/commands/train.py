@@ -8,28 +8,24 @@ import json
 from tqdm import tqdm
 
 from tapt.commands.options import (
-    add_settings,
+    add_prompt_options,
     add_training_options,
-    backbone_of,
     given,
-    join_processes,
+    training_inputs,
 )
 from tapt.core.prompts import PromptConfig
-from tapt.data import load_data
 from tapt.files import check_output
 from tapt.training.batches import TrainConfig
 from tapt.training.prompts import train
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of the command."""
     parser.description = (
         "Adversarial prompt tuning on a frozen backbone: makes the prompts that every image starts "
         "from, one process or several under `accelerate launch`."
     )
     add_training_options(parser, "folder for prompts and log")
-    add_settings(parser, PromptConfig, only=("design", "tokens", "visual_depth", "text_depth"))
-    add_settings(parser, TrainConfig)
+    add_prompt_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -37,12 +33,10 @@ def run(args: argparse.Namespace) -> int:
     prompts = PromptConfig(**given(args, PromptConfig))
     config = TrainConfig(**given(args, TrainConfig))
     out = check_output(args.out, folder=True)
-    state = join_processes(args)
-    backbone = backbone_of(args)
-    prompts.shapes(backbone.architecture)  # a wrong depth ends here, before the data is read
+    state, backbone, data = training_inputs(args)
     train(
         backbone,
-        load_data(args.data, "train"),
+        data,
         prompts,
         config,
         out,

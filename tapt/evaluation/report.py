@@ -15,6 +15,7 @@ from tapt.packs.rows import (
     attack_name,
     defense_name,
     epsilon_name,
+    markdown,
     markdown_table,
 )
 
@@ -50,11 +51,10 @@ def report(results: Mapping[str, Any], plots: Sequence[str]) -> str:
     if results["agreement"]:
         parts += ["## Selection in bfloat16", "\n".join(map(_agreement, results["agreement"]))]
     if pairs := [_pair(row) for row in results["paired"]]:
-        lines = [[*pairs[0]], ["---"] * len(pairs[0]), *(pair.values() for pair in pairs)]
         parts += [
             "## Paired differences",
             "Exact McNemar test on the same images; right is at least half of the draws.",
-            "\n".join(f"| {' | '.join(line)} |" for line in lines),
+            markdown(pairs),
         ]
     return "\n\n".join(filter(None, parts)) + "\n"
 

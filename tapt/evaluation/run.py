@@ -210,9 +210,7 @@ def _describe(model: Model, sets: Sequence[LabelledImages], settings: Changes) -
     defences are not among it: a folder may collect several."""
     pack = model.pack
     tensors = sorted(pack.prompts.tensors.items())
-    if pack.statistics is not None:
-        parts = (pack.statistics.adversarial, pack.statistics.clean)
-        tensors += [("", tensor) for part in parts for tensor in (part.mean, part.var)]
+    tensors += [("", tensor) for tensor in pack.statistics_tensors().values()]
     content = hashlib.sha256()
     for name, tensor in tensors:
         content.update(name.encode() + tensor.cpu().numpy().tobytes())

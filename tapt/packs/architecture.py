@@ -25,6 +25,7 @@ from tapt.packs.schema import Mean, Size, Std
 BAD_CONFIG: tuple[type[Exception], ...] = (ArithmeticError, AssertionError, AttributeError)
 BAD_CONFIG += (LookupError, OSError, RuntimeError, TypeError, ValueError)
 """What open_clip may raise for values that it does not expect."""
+CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 VOCABULARY = 49408  # tokens of open_clip's tokenizer
 
 
@@ -76,21 +77,21 @@ class _Config(_Part):
     preprocess_cfg: _Preprocessing = _Preprocessing()
 
 
-def check_folder(folder: Path, config_file: str, weights_file: str, name: str) -> None:
+def check_folder(folder: Path, name: str) -> None:
     """Refuses a folder whose configuration is not that of a CLIP with room for prompts, or does
     not fit the size of its weights: before their memory is taken."""
-    for file in (config_file, weights_file):
+    for file in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / file).is_file():
             raise BackboneError(f"Backbone {name!r} has no {file}.")
     try:
-        whole = json.loads((folder / config_file).read_text(encoding="utf-8"))
+        whole = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         check_towers(whole["model_cfg"], name)
         vision = _Config(**whole).model_cfg.vision_cfg
     except BAD_CONFIG as error:
         fault = f": {sentence(error, _Config)}" if isinstance(error, ValidationError) else ""
-        message = f"{config_file} of {name!r} does not describe a CLIP that can be used{fault}."
+        message = f"{CONFIG_FILE} of {name!r} does not describe a CLIP that can be used{fault}."
         raise BackboneError(message) from error
-    stored = stored_values(folder / weights_file, name)
+    stored = stored_values(folder / WEIGHTS_FILE, name)
     needed = (vision.image_size // vision.patch_size) ** 2 * vision.width  # of positions, at least
     try:
         if needed <= 2 * stored:  # position embeddings of another image size are resized

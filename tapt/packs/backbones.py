@@ -17,6 +17,8 @@ from tapt.core.errors import BackboneError
 from tapt.files import file_sha256
 from tapt.packs.architecture import (
     BAD_CONFIG,
+    CONFIG_FILE,
+    WEIGHTS_FILE,
     check_folder,
     check_towers,
     preprocessor,
@@ -27,7 +29,6 @@ from tapt.packs.hub import Origin, Progress, Snapshot, Token, parse_id, snapshot
 _INSTALLED = Path(__file__).resolve().parents[1] / "_prompts"
 EMBEDDED = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2] / "prompts"
 OPENAI_NAMES = ("ViT-B-32", "ViT-B-16", "ViT-L-14")
-CONFIG_FILE, WEIGHTS_FILE = "open_clip_config.json", "open_clip_model.safetensors"
 NAMES_FILE = "names.json"
 MAX_CONFIG_BYTES, MAX_BYTES = 1_000_000, 16_000_000_000  # of a backbone's files on the Hub
 
@@ -131,7 +132,7 @@ def _fetch(name: str, files: Sequence[str], *, revision: str | None, **options: 
 
 
 def _load_folder(folder: Path, name: str) -> Loaded:
-    check_folder(folder, CONFIG_FILE, WEIGHTS_FILE, name)
+    check_folder(folder, name)
     return _pretrained(f"local-dir:{folder}", name)
 
 

@@ -12,7 +12,7 @@ from tapt.core.errors import PackError
 from tapt.files import write_file
 from tapt.packs.backbones import hub_repo
 from tapt.packs.format import CARD, TAG, Pack, pack_name, save_pack, weights_tag
-from tapt.packs.rows import attack_name, defense_name, epsilon_name, markdown_table
+from tapt.packs.rows import Row, attack_name, clean_rows, defense_name, epsilon_name, markdown_table
 
 PICTURE = "accuracy.png"
 NOTES = "## Notes"
@@ -38,13 +38,12 @@ print(model.compare("photo.jpg", ["cat", "dog"]))
 
 
 def write_pack(pack: Pack, folder: str | os.PathLike) -> None:
-    """Saves a pack with its card; of an older card in this folder, the section `## Notes` is kept.
+    """Saves a finished pack with its card; of an older card, the section `## Notes` is kept.
     `PackError`, and nothing written, where that card is not text."""
     notes = read_notes(folder)
     save_pack(pack, folder)
-    if pack.statistics is not None:
-        card = model_card(pack, pack_name(folder), notes=notes)
-        write_file(Path(folder) / CARD, card.encode())
+    card = model_card(pack, pack_name(folder), notes=notes)
+    write_file(Path(folder) / CARD, card.encode())
 
 
 def read_notes(folder: str | os.PathLike) -> str:
@@ -97,11 +96,9 @@ def model_card(pack: Pack, name: str, *, picture: bool = False, notes: str = "")
 
 
 def _results(rows: list[dict[str, Any]]) -> list[EvalResult]:
-    """Clean accuracy, once per set and defence: of the row with the most images; then each row."""
-    ascending = sorted(rows, key=lambda row: row["n"])
-    largest = {(row["dataset"], defense_name(row)): row for row in ascending}
-    results: list[tuple[dict[str, Any], str, float, dict[str, Any] | None]] = [
-        (row, "clean accuracy", row["clean_accuracy"], None) for row in largest.values()
+    """Clean accuracy, once per set and defence; then each row."""
+    results: list[tuple[Row, str, float, dict[str, Any] | None]] = [
+        (row, "clean accuracy", row["clean_accuracy"], None) for row in clean_rows(rows)
     ]
     for row in rows:
         name = f"accuracy under {attack_name(row)} {epsilon_name(row)} on {row['attacked_model']}"

@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
 from tapt.core.backbone import Backbone
 from tapt.core.errors import InputError, PackError
@@ -65,6 +66,14 @@ class Pack:
     evaluation: list[dict[str, Any]] = field(default_factory=list)
     trained: bool = True
     origin: Origin | None = None
+
+    def statistics_tensors(self) -> dict[str, Tensor]:
+        """The statistics by their names in the file; empty where there are none."""
+        if self.statistics is None:
+            return {}
+        parts = self.statistics.adversarial, self.statistics.clean
+        values = [tensor for part in parts for tensor in (part.mean, part.var)]
+        return dict(zip(STATISTICS_KEYS, values, strict=True))
 
 
 @dataclass(frozen=True)
@@ -225,13 +234,11 @@ def save_pack(pack: Pack, folder: str | os.PathLike) -> None:
     not belong to these prompts. `tapt.packs.card.write_pack` also writes the card.
     """
     files = {PROMPTS: pack.prompts.tensors}
-    if pack.statistics is not None:
-        parts = pack.statistics.adversarial, pack.statistics.clean
-        values = [tensor for part in parts for tensor in (part.mean, part.var)]
-        files[STATISTICS] = dict(zip(STATISTICS_KEYS, values, strict=True))
     config, folder = config_bytes(pack), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    if pack.statistics is None:
+    if measured := pack.statistics_tensors():
+        files[STATISTICS] = measured
+    else:
         for stale in (STATISTICS, CARD):
             (folder / stale).unlink(missing_ok=True)
     for name, tensors in files.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +16,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 
 from tapt.core.errors import HubError
+from tapt.core.tuning import Progress
 from tapt.files import file_sha256, git_sha1, write_file
 from tapt.packs.client import Unavailable, ask_hub
 
@@ -23,8 +24,6 @@ _ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?", re.ASCII)
 
 Token = str | bool | None
 """False for no token, None for the user's own from the usual places."""
-Progress = Callable[[int, int], None]
-"""Called with the bytes that have arrived and those that are to come in all."""
 
 
 class HubId(NamedTuple):
@@ -107,6 +106,7 @@ def snapshot(
     also stands in where the Hub cannot be reached, with the commit that the revision had last.
 
     files: names in the subfolder, with the bytes that each may have at most.
+    progress: called with the bytes that have arrived and those to come in all.
     unreachable: what has just kept another fetch from the Hub, which is then not asked again: a
         second wait would be no shorter than the first.
 
@@ -201,12 +201,13 @@ def _fetch(where: HubId, limits: Mapping[str, int], token: Token, progress: Prog
 
     for path, checksum in checksums.items():
         job = partial(hf_hub_download, repo, path, revision=commit, token=token)
-        file = Path(ask(job, arrived=arrived))
-        if not _is_valid(file, checksum):
-            cached = False
+        for _ in range(2):
             file = Path(ask(job, arrived=arrived))
-            if not _is_valid(file, checksum):
-                raise HubError(f"{path} of {repo} arrives damaged: its checksum is wrong.")
+            if _is_valid(file, checksum):
+                break
+            cached = False
+        else:
+            raise HubError(f"{path} of {repo} arrives damaged: its checksum is wrong.")
     if not cached:
         progress(total, total)
     names = {path.rpartition("/")[2]: checksum for path, checksum in checksums.items()}

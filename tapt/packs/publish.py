@@ -55,16 +55,12 @@ def publish(
     Raises `InputError` and `PackError` before anything is sent; `HubError` where the Hub refuses or
     cannot be reached, or where only the tag failed, as its message then says.
     """
-    where = parse_id(repo)
-    if where is None or where.subfolder or where.revision:
-        raise InputError(f"{repo!r} is not a repo id; write owner/repo.")
+    check_target(repo)
     if tag is not None and (parse_id(f"{repo}@{tag}") is None or "/" in tag):
         raise InputError(f"tag must be of letters, digits and . _ -, got {tag!r}.")
     if tag and create_pr:
         raise InputError("A tag names a version of your own repo; leave it out of a proposal.")
     files = pack_files(folder, repo)
-    if get_token() is None:
-        raise HubError("There is no Hub token: log in with `hf auth login`, or set HF_TOKEN.")
     if not create_pr:
         ask_hub(lambda: _prepare(repo, public, tag), repo)
     url, commit, private = ask_hub(lambda: _commit(repo, files, create_pr), repo)
@@ -76,6 +72,16 @@ def publish(
                 f"The pack is published at commit {commit[:7]}, but not named {tag!r}: {error}"
             ) from error
     return Published(url, commit, private, sum(map(len, files.values())), tuple(files))
+
+
+def check_target(repo: str) -> None:
+    """Asked before any work: `InputError` for what is not `owner/repo`, `HubError` without a
+    token."""
+    where = parse_id(repo)
+    if where is None or where.subfolder or where.revision:
+        raise InputError(f"{repo!r} is not a repo id; write owner/repo.")
+    if get_token() is None:
+        raise HubError("There is no Hub token: log in with `hf auth login`, or set HF_TOKEN.")
 
 
 def pack_files(folder: str | os.PathLike, repo: str) -> dict[str, bytes]:

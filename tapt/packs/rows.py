@@ -60,11 +60,21 @@ def row_cells(row: Row) -> dict[str, str]:
     }
 
 
+def clean_rows(rows: Sequence[Row]) -> list[Row]:
+    """For each set and defence the row with the most images, whose clean accuracy counts."""
+    ascending = sorted(rows, key=lambda row: row["n"])
+    return [*{(row["dataset"], defense_name(row)): row for row in ascending}.values()]
+
+
 def markdown_table(rows: Sequence[Row]) -> str:
     """The rows as a table in Markdown."""
-    cells = [row_cells(row) for row in rows]
+    return markdown([row_cells(row) for row in rows])
+
+
+def markdown(cells: Sequence[Mapping[str, str]]) -> str:
+    """Lines of cells by column title as a table in Markdown."""
     lines = [list(cells[0]), ["---"] * len(cells[0])] if cells else []
-    lines += [[value.replace("|", "\\|") for value in each.values()] for each in cells]
+    lines += [[value.replace("|", "\\|") for value in line.values()] for line in cells]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
@@ -110,10 +120,10 @@ def accuracy_figure(rows: Sequence[Row]) -> Figure:
 
 
 def _bars(rows: Sequence[Row]) -> dict[str, dict[str, tuple[float, list[float]]]]:
-    """Per group and defence a share with its interval; clean ones of the row with most images."""
+    """Per group and defence a share with its interval."""
     several = len({row["dataset"] for row in rows}) > 1
     groups: dict[str, dict[str, tuple[float, list[float]]]] = {}
-    for row in sorted(rows, key=lambda row: row["n"]):
+    for row in clean_rows(rows):
         name = f"{row['dataset']}\nclean" if several else "clean"
         clean = row["clean_accuracy"], row["clean_ci95"]
         groups.setdefault(name, {})[defense_name(row)] = clean

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -22,11 +21,12 @@ from torch import Tensor
 from tapt.core.attacks import Attack, attack_images
 from tapt.core.clip import PromptedClip
 from tapt.core.errors import InputError
+from tapt.core.tuning import Progress
 from tapt.core.views import image_seeds
 from tapt.data import LabelledImages
 from tapt.defenses import Defense, ImageBatch, PreparedDefense, find_defenses, list_defenses
 from tapt.defenses.base import images_per_pass
-from tapt.files import check_output
+from tapt.files import check_output, json_lines
 from tapt.model import Model
 from tapt.packs.format import Pack
 from tapt.processes import start_processes
@@ -46,7 +46,7 @@ def choose_settings(
     defenses: Sequence[str] | None = None,
     images: int = 160,
     steps: int = 10,
-    on_progress: Callable[[int, int], None] = lambda done, total: None,
+    on_progress: Progress = lambda done, total: None,
 ) -> Pack:
     """The model's pack with chosen settings, and in `training` how they were chosen.
 
@@ -60,9 +60,8 @@ def choose_settings(
     for an image that cannot be read.
     """
     path = check_output(out, folder=True) / SEARCH
-    config = TrainConfig(
-        **{k: model.pack.training["adversarial"][k] for k in TrainConfig.model_fields}
-    )
+    made = model.pack.training["adversarial"]
+    config = TrainConfig(**{name: made[name] for name in TrainConfig.model_fields})
     held_out = split_data(data, model.backbone, config)
     count = min(images, len(held_out.held_out))
     if not count:
@@ -95,37 +94,26 @@ def candidates(
 ) -> tuple[list[Candidate], list[PreparedDefense]]:
     """Every defence with its default and then with each other combination of what it lists in
     `search`; and all of them ready for a class list."""
-    every = []
+    every: list[Candidate] = []
     for row in find_defenses(defenses):
         default = {name: getattr(row.settings(), name) for name in row.search}
-        values = product(*row.search.values())
-        others = [dict(zip(default, choice, strict=True)) for choice in values]
-        every += [
-            (row, choice) for choice in [default, *others] if choice != default or choice is default
-        ]
+        choices = [dict(zip(row.search, c, strict=True)) for c in product(*row.search.values())]
+        every += [(row, default), *((row, choice) for choice in choices if choice != default)]
     return every, [row.prepare(clip, row.settings(**choice)) for row, choice in every]
 
 
 def _key(model: Model, data: TrainingData, every: Sequence[Candidate], attack: Attack) -> str:
     """What the counts of one search share."""
     pack, images = model.pack, data.held_out
-    tensors = [*pack.prompts.tensors.values()]
-    if pack.statistics is not None:
-        tensors += [pack.statistics.adversarial.mean, pack.statistics.clean.mean]
-    made = fingerprint(model.backbone, tensors, images, range(len(images)), attack.seed)
-    inputs = [made, [(row.name, choice) for row, choice in every], attack.to_dict()]
-    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()
+    tensors = [*pack.prompts.tensors.values(), *pack.statistics_tensors().values()]
+    inputs = fingerprint(model.backbone, tensors, images, range(len(images)), attack.seed)
+    parts = [inputs, [(row.name, choice) for row, choice in every], attack.to_dict()]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _read(path: Path, key: str) -> dict[str, list[list[int]]]:
     """Counts of the batches that are there; lines of another search are passed over."""
-    known = {}
-    for line in path.read_bytes().splitlines() if path.exists() else []:
-        with suppress(ValueError, TypeError, KeyError):  # cut short
-            row = json.loads(line)
-            if row["key"] == key:
-                known[row["images"]] = row["right"]
-    return known
+    return {row["images"]: row["right"] for row in json_lines(path) if row.get("key") == key}
 
 
 def _right(
@@ -188,8 +176,4 @@ def _marked(
     old = model.settings(defense, row.get("settings")).model_dump(mode="json")
     new = defense.settings(**test_time[row["defense"]]).model_dump(mode="json")
     changed = {name: value for name, value in old.items() if new[name] != value}
-    return (
-        {**row, "settings": changed}
-        if changed
-        else {k: v for k, v in row.items() if k != "settings"}
-    )
+    return {**row, "settings": changed}

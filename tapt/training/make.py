@@ -20,8 +20,9 @@ from tapt.defenses import ImageBatch, find_defenses, list_defenses
 from tapt.model import Model
 from tapt.packs.card import write_pack
 from tapt.packs.format import CONFIG, Pack, load_pack, open_pack
-from tapt.processes import load_checkpoint, start_processes
+from tapt.processes import start_processes
 from tapt.training.batches import TrainConfig, split_data
+from tapt.training.checkpoints import read_checkpoint
 from tapt.training.choose import candidates, choose_settings
 from tapt.training.prompts import Trainer, train
 from tapt.training.statistics import statistics
@@ -64,10 +65,8 @@ def make_recipe(
     """A preset for a backbone and data set: `paper`, the published settings; `quick`, an hour of
     eight cores with ViT-B/32; `embedded`, what the packs that come along were made with.
 
-    prompts, training: what is to differ from it.
-
-    Raises:
-        InputError: prompts that do not fit the backbone, or values out of range.
+    prompts, training: what is to differ from it; `InputError` for prompts that do not fit the
+        backbone, and for values out of range.
     """
     classes, every = len(data.classes), tuple(list_defenses())
     layout: dict[str, Any] = {
@@ -151,11 +150,8 @@ def made(
     *,
     statistics: bool = True,
 ) -> Pack | None:
-    """What a stage has left in a folder; None where there is nothing, or nothing whole.
-
-    Raises:
-        InputError: it was made otherwise.
-    """
+    """What a stage has left in a folder; None where there is nothing, or nothing whole, and
+    `InputError` where it was made otherwise."""
     if not (folder / CONFIG).is_file():
         return None
     try:
@@ -175,7 +171,7 @@ def _drop_damaged(folder: Path) -> None:
     """Removes checkpoints that cannot be read, so that their stage begins anew."""
     for path in folder.glob("*.ckpt") if start_processes().is_main_process else ():
         try:
-            load_checkpoint(path)
+            read_checkpoint(path)
         except InputError:
             path.unlink()
     start_processes().wait_for_everyone()

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,14 +22,13 @@ from tqdm import tqdm
 from tapt.core.attacks import Attack, attack_images
 from tapt.core.backbone import Backbone
 from tapt.core.clip import FixedClassifier
-from tapt.core.errors import InputError
 from tapt.core.images import to_float
 from tapt.core.prompts import PromptConfig, Prompts, class_texts, image_logits, init_prompts
 from tapt.core.towers import encode_image
 from tapt.data import LabelledImages
-from tapt.files import check_output, write_file
+from tapt.files import check_output, json_lines, write_file
 from tapt.packs.format import Pack, base_model, save_pack
-from tapt.processes import load_checkpoint, save_checkpoint, start_processes, total
+from tapt.processes import start_processes, total
 from tapt.training.batches import (
     Batch,
     TrainConfig,
@@ -39,6 +37,7 @@ from tapt.training.batches import (
     split_data,
     steps_per_epoch,
 )
+from tapt.training.checkpoints import Checkpoint
 
 CHECKPOINT, LOG = "prompts.ckpt", "train.jsonl"
 VALIDATED, CHUNK = 500, 100  # held-out images that an epoch is judged by, and per pass
@@ -69,14 +68,14 @@ def train(
     start_processes(backbone.device)
     prompt_config.shapes(backbone.architecture)
     trainer = Trainer(backbone, prompt_config, split_data(data, backbone, config), config)
-    checkpoint = out / CHECKPOINT
-    if resume and checkpoint.exists():
-        trainer.load(checkpoint)
+    checkpoint = Checkpoint(out / CHECKPOINT, checkpoint_minutes, resume)
+    if state := checkpoint.load(trainer.inputs(), backbone.device):
+        trainer.restore(state)
     out.mkdir(parents=True, exist_ok=True)
     main = trainer.state.is_main_process
     if main:
         _trim_log(out / LOG, trainer.step)
-    for row in training_rows(trainer, checkpoint, checkpoint_minutes):
+    for row in training_rows(trainer, checkpoint):
         if main:
             with open(out / LOG, "a", encoding="utf-8") as log:
                 log.write(json.dumps(row) + "\n")
@@ -203,25 +202,18 @@ class Trainer:
         }
         return Pack(prompts, None, {}, name, base_model(self.backbone), training)
 
-    def save(self, path: Path) -> None:
-        """Writes a checkpoint."""
-        state = {
+    def snapshot(self) -> dict[str, Any]:
+        """What a run goes on from."""
+        return {
             "prompts": {k: v.detach() for k, v in self.prompts.tensors.items()},
             "optimizer": self.optimizer.state_dict(),
             "step": self.step,
             "best": self.best,
             "best_score": self.best_score,
-            "settings": self._settings(),
         }
-        save_checkpoint(state, path)
 
-    def load(self, path: Path) -> None:
-        """Goes on from a checkpoint; `InputError` where it is damaged or of other settings."""
-        state = load_checkpoint(path, self.backbone.device)
-        if state.get("settings") != self._settings():
-            raise InputError(
-                f"{path.name} was written with other settings; use them or start anew."
-            )
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Goes on from a `snapshot` of the same inputs."""
         with torch.no_grad():
             for key, tensor in self.prompts.tensors.items():
                 tensor.copy_(state["prompts"][key])
@@ -229,14 +221,15 @@ class Trainer:
         self.step, self.best_score = state["step"], state["best_score"]
         self.best = state["best"]
 
-    def _settings(self) -> str:
+    def inputs(self) -> str:
+        """What runs must have in common to go on from each other's snapshots."""
         configs = self.config.model_dump(), self.prompts.config.model_dump()
         return json.dumps([*configs, self.backbone.sha256, self.data.classes])
 
 
-def training_rows(trainer: Trainer, checkpoint: Path, minutes: float) -> Iterator[dict[str, Any]]:
+def training_rows(trainer: Trainer, checkpoint: Checkpoint) -> Iterator[dict[str, Any]]:
     """Trains to the end, yields one log row per epoch, and keeps the checkpoint fresh."""
-    saved, spent = time.monotonic(), 0.0
+    spent = 0.0
     losses: list[float] = []
     scores: dict[str, float] = {}
     first, main = trainer.step, trainer.state.is_main_process
@@ -264,17 +257,12 @@ def training_rows(trainer: Trainer, checkpoint: Path, minutes: float) -> Iterato
                 "images_per_second": round(images / spent, 1),
             }
             losses = []
-        if main and (complete or time.monotonic() - saved > 60 * minutes):
-            trainer.save(checkpoint)
-            saved = time.monotonic()
+        if main and (complete or checkpoint.is_due()):
+            checkpoint.save(trainer.inputs(), trainer.snapshot())
     bar.close()
 
 
 def _trim_log(log: Path, step: int) -> None:
     """Drops rows that a resumed run will write again, and one that was cut short."""
-    kept = []
-    for line in log.read_bytes().splitlines() if log.exists() else []:
-        with suppress(ValueError, TypeError, KeyError):
-            if json.loads(line)["step"] <= step:
-                kept.append(line + b"\n")
-    write_file(log, b"".join(kept))
+    kept = [row for row in json_lines(log) if row.get("step", step + 1) <= step]
+    write_file(log, "".join(json.dumps(row) + "\n" for row in kept).encode())

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +28,8 @@ from tapt.data import LabelledImages, Pixels, digest
 from tapt.files import check_output
 from tapt.packs.card import write_pack
 from tapt.packs.format import Pack, statistics_shapes
-from tapt.processes import gather, load_checkpoint, save_checkpoint, start_processes
+from tapt.processes import gather, start_processes
+from tapt.training.checkpoints import Checkpoint
 
 
 def statistics(
@@ -67,11 +67,11 @@ def statistics(
     own = range(state.process_index, len(images), state.num_processes)
     out.mkdir(parents=True, exist_ok=True)
     moments, checkpoints = [], []
-    options: dict[str, Any] = {"indices": own, "seed": seed, "progress": state.is_main_process}
+    options: dict[str, Any] = {"seed": seed, "progress": state.is_main_process}
     for part, source in (("adversarial", adversarial), ("clean", clean)):
         path = out / f"{part}-{state.process_index}.ckpt"
         checkpoint = Checkpoint(path, checkpoint_minutes, resume)
-        measured = token_moments(backbone, source.prompts, images, checkpoint=checkpoint, **options)
+        measured = token_moments(backbone, source.prompts, images, own, checkpoint, **options)
         moments.append(merged(gather(measured)))
         checkpoints.append(checkpoint)
     made = {
@@ -133,61 +133,29 @@ def merged(parts: Sequence[Moments]) -> Moments:
     )
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where the sums so far are kept, and how often they are written.
-
-    resume: go on from the file where it is there and belongs to the same prompts and images.
-    """
-
-    path: Path
-    minutes: float = 3.0
-    resume: bool = False
-
-    def load(self, fingerprint: str) -> Moments | None:
-        """The sums of the file, if it is to be used; `InputError` where it is damaged or of other
-        inputs."""
-        if not (self.resume and self.path.exists()):
-            return None
-        state = load_checkpoint(self.path)
-        if state.pop("fingerprint", None) != fingerprint:
-            raise InputError(
-                f"{self.path.name} belongs to other prompts, other images or another number of "
-                "processes; use the same again, or start anew."
-            )
-        return Moments(**state)
-
-    def save(self, moments: Moments, fingerprint: str) -> None:
-        """Writes the sums so far."""
-        save_checkpoint({**vars(moments), "fingerprint": fingerprint}, self.path)
-
-
 @torch.no_grad()
 def token_moments(
     backbone: Backbone,
     prompts: Prompts,
     images: Pixels,
+    indices: range,
+    checkpoint: Checkpoint,
     *,
-    indices: range | None = None,
     seed: int = 0,
     batch_size: int = 128,
-    checkpoint: Checkpoint | None = None,
     progress: bool = False,
 ) -> Moments:
     """Moments over one random view of each image; image i's view is drawn by (seed, i).
 
-    indices: of the images to use, default all; no other is read.
+    indices: of the images to use; no other is read.
     progress: show a bar.
     """
     visual, blocks = prompts.visual(), range(backbone.visual_blocks)
-    indices = range(len(images)) if indices is None else indices
-    tensors = prompts.tensors.values()
-    own = fingerprint(backbone, tensors, images, indices, seed) if checkpoint else ""
-    moments = checkpoint.load(own) if checkpoint else None
-    if moments is None:
-        shape, *_ = statistics_shapes(backbone.architecture, prompts.config).values()
-        moments = Moments(0, *torch.zeros((2, *shape), dtype=torch.float64, device="cpu"))
-    saved = time.monotonic()
+    inputs = fingerprint(backbone, prompts.tensors.values(), images, indices, seed)
+    shape, *_ = statistics_shapes(backbone.architecture, prompts.config).values()
+    moments = Moments(0, *torch.zeros((2, *shape), dtype=torch.float64, device="cpu"))
+    if state := checkpoint.load(inputs):
+        moments = Moments(**state)
     starts = range(moments.count, len(indices), batch_size)
     for start in tqdm(starts, unit="batch", dynamic_ncols=True, disable=not progress):
         chunk = indices[start : start + batch_size]
@@ -197,11 +165,9 @@ def token_moments(
         )
         _, hidden = encode_image(backbone, views.to(backbone.device), visual, hidden=blocks)
         moments.add(hidden)
-        if checkpoint and time.monotonic() - saved > 60 * checkpoint.minutes:
-            checkpoint.save(moments, own)
-            saved = time.monotonic()
-    if checkpoint:
-        checkpoint.save(moments, own)
+        if checkpoint.is_due():
+            checkpoint.save(inputs, vars(moments))
+    checkpoint.save(inputs, vars(moments))
     return moments
 
 
