@@ -6,7 +6,7 @@
     python train_backbone.py --score backbone --data tiny-imagenet-dev.zip
 
 The work folder keeps the teacher's features and a checkpoint every few minutes; `--resume` goes on
-exactly where it ends, and `--export` writes the averaged weights of that checkpoint. Block matrices
+exactly where it ends, and `--export` writes the weights of that checkpoint. Block matrices
 are trained by Muon, everything else by AdamW. Each image is told apart from all names the model
 knows, its own name drawn from the fine name, its synonyms and everyday words; other true names of
 it do not count as wrong. The first of the data sets is seen whole in every epoch, of the others a
@@ -59,6 +59,10 @@ class Run:
         self.optimizers = [Muon(matrices, lr=args.muon_lr), adamw]
         self.rates = (args.muon_lr, args.lr)
         self.step = 0
+
+    def weights(self, which: str) -> nn.Module:
+        """The model with the `average` weights or the `last` ones."""
+        return self.average if which == "average" else self.model
 
     @property
     def modules(self) -> list:
@@ -203,9 +207,11 @@ def train(args: argparse.Namespace, preset: Preset, device: torch.device) -> Non
                 saved, seen, losses = time.time(), 0, []
             if run.step == args.stop:
                 return
-        log(epoch=epoch + 1, of=args.epochs, held_out=trainer.measure(run.average, stage.size))
+        for which in ("average", "last"):
+            held_out = trainer.measure(run.weights(which), stage.size)
+            log(epoch=epoch + 1, of=args.epochs, weights=which, held_out=held_out)
     run.save(path)
-    export(run.average, preset, trainer.pool.kinds, args.out)
+    export(run.weights(args.weights), preset, trainer.pool.kinds, args.out)
 
 
 def score(folder: Path, source: str) -> None:
@@ -239,6 +245,7 @@ def parse_args() -> argparse.Namespace:
     add("--teacher", action="store_true", help="learn from an ImageNet classifier too")
     add("--resume", action="store_true", help="go on from the checkpoint in --work")
     add("--export", action="store_true", help="write --out from the checkpoint; train nothing")
+    add("--weights", choices=("average", "last"), default="average", help="that --out gets")
     add("--score", type=Path, metavar="FOLDER", help="measure this model on --data; train nothing")
     add("--init", type=Path, help="start from the weights in this folder")
     add("--epochs", type=int, help="of the whole schedule")
@@ -269,7 +276,7 @@ def main() -> None:
         run = Run(preset, args, device)
         run.load(args.work / "checkpoint.pt")
         kinds = load_kinds([load_data(path, "train") for path in args.data], args.words)
-        return export(run.average, preset, kinds, args.out)
+        return export(run.weights(args.weights), preset, kinds, args.out)
     if device.type == "cpu":
         F.scaled_dot_product_attention = plain_attention
     train(args, preset, device)
