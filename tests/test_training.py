@@ -27,6 +27,7 @@ from tapt.core.towers import encode_image
 from tapt.core.views import random_view
 from tapt.data import LabelledImages, Pixels, load_data
 from tapt.packs.format import Pack, load_pack
+from tapt.training import checkpoints
 from tapt.training.batches import MAX_HELD_OUT, TrainConfig, draw_batch, split_data
 from tapt.training.checkpoints import Checkpoint
 from tapt.training.prompts import CHECKPOINT, LOG, Trainer, _trim_log, train
@@ -321,6 +322,7 @@ from test_training import LONG, PROMPTS
 from tapt.data import load_data
 from tapt.packs.format import load_pack
 from tapt.processes import start_processes
+from tapt.training import checkpoints
 from tapt.training.prompts import train
 from tapt.training.statistics import statistics
 
@@ -328,7 +330,8 @@ if __name__ == "__main__":
     toy, data, prompts, out = map(Path, sys.argv[1:])
     start_processes("cpu")
     backbone, data = local_backbone(toy), load_data(data)
-    train(backbone, data, PROMPTS, LONG, out / "prompts", checkpoint_minutes=0.0)
+    checkpoints.MINUTES = 0.0
+    train(backbone, data, PROMPTS, LONG, out / "prompts")
     pack = load_pack(prompts, backbone, statistics=False)
     statistics(backbone, data, pack, pack, out / "pack")
 """
@@ -398,8 +401,9 @@ def test_statistics_killed_and_resumed(
 
     stopped = LabelledImages(images.classes, images.labels, stop_late, images.content)
     out = tmp_path / "stopped"
+    monkeypatch.setattr(checkpoints, "MINUTES", 0.0)
     with pytest.raises(KeyboardInterrupt):
-        statistics(toy, stopped, *parts, out, checkpoint_minutes=0.0)
+        statistics(toy, stopped, *parts, out)
     assert not (out / "config.json").exists()
     opened.clear()
     resumed = statistics(toy, images, *parts, out, resume=True).statistics

@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,13 +101,10 @@ def _measure(model: Model, data: LabelledImages, recipe: Recipe, folder: Path) -
     others = range(recipe.search, len(held)) or range(len(held))
     shown = replace(held.subset(others), name=f"{data.name}-held-out")
     attack = Attack("pgd", epsilon=recipe.training.epsilon, steps=recipe.steps)
-    options: dict[str, Any] = {
-        "attacks": attack,
-        "defenses": recipe.defenses,
-        "limit": recipe.table,
-    }
+    options: dict[str, Any] = {"defenses": recipe.defenses, "limit": recipe.table, "out": folder}
+    measure = partial(evaluate, model, shown, attacks=attack, **options)
     try:
-        return evaluate(model, shown, **options, out=folder).rows
+        return measure().rows
     except InputError:  # damaged, or of another choice of settings
         shutil.rmtree(folder, ignore_errors=True)
-        return evaluate(model, shown, **options, out=folder).rows
+        return measure().rows

@@ -192,14 +192,11 @@ def attack_of(args: argparse.Namespace, name: str, **changes: Any) -> Attack:
 
 
 def add_training_options(parser: argparse.ArgumentParser, out: str) -> None:
-    """Backbone, data, folder and checkpoints; `out` is the folder's help."""
+    """Backbone, data, folder, and whether to go on; `out` is the folder's help."""
     add_backbone_options(parser, default="small")
     parser.add_argument("--data", required=True, type=filled, help=DATA_HELP)
     parser.add_argument("--out", required=True, type=filled, help=out)
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
-    parser.add_argument(
-        "--checkpoint-minutes", type=float, default=3.0, metavar="X", help="between checkpoints"
-    )
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:

@@ -56,7 +56,6 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         test_time=settings,
         resume=args.resume,
-        checkpoint_minutes=args.checkpoint_minutes,
     )
     if state.is_main_process:
         print(f"Pack written to {out}.")

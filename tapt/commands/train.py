@@ -41,7 +41,6 @@ def run(args: argparse.Namespace) -> int:
         config,
         out,
         resume=args.resume,
-        checkpoint_minutes=args.checkpoint_minutes,
         on_epoch=lambda row: tqdm.write(json.dumps(row)),
     )
     if state.is_main_process:

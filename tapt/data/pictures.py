@@ -27,17 +27,13 @@ def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
     except (OSError, ValueError) as error:
         name = Path(os.fsdecode(source)).name
         raise InputError(f"There is no readable file {name!r}.") from error
-    too_large = (
-        f"This picture is too large: at most {MAX_PIXELS // 1_000_000} megapixels, or "
-        f"{MAX_JPEG // 1_000_000} as a JPEG."
-    )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             image = Image.open(io.BytesIO(data))
             pixels = image.width * image.height  # by its header, no pixel is decoded
             if pixels > (MAX_JPEG if image.format == "JPEG" else MAX_PIXELS):
-                raise InputError(too_large)
+                raise Image.DecompressionBombError
             if pixels > MAX_PIXELS:
                 image.draft("RGB", (image.width // 2, image.height // 2))
             image.load()
@@ -45,7 +41,10 @@ def open_image(source: str | os.PathLike[str] | bytes) -> Image.Image:
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(too_large) from error
+        raise InputError(
+            f"This picture is too large: at most {MAX_PIXELS // 1_000_000} megapixels, or "
+            f"{MAX_JPEG // 1_000_000} as a JPEG."
+        ) from error
     except Exception as error:  # decoders of damaged files raise whatever they stumble over
         raise InputError(f"This file is not a readable picture. Use a {KINDS}.") from error
 

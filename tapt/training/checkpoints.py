@@ -12,16 +12,17 @@ import torch
 from tapt.core.errors import InputError
 from tapt.files import write_file
 
+MINUTES = 3.0  # between two states that are saved
+
 
 class Checkpoint:
     """A file that interrupted work goes on from.
 
-    minutes: that the last state is old when the next one is due.
     resume: whether to go on from the file where it is there.
     """
 
-    def __init__(self, path: Path, minutes: float = 3.0, resume: bool = False) -> None:
-        self.path, self.minutes, self.resume = path, minutes, resume
+    def __init__(self, path: Path, resume: bool = False) -> None:
+        self.path, self.resume = path, resume
         self._saved = time.monotonic()
 
     def load(self, inputs: str, device: str | torch.device = "cpu") -> dict[str, Any] | None:
@@ -39,7 +40,7 @@ class Checkpoint:
 
     def is_due(self) -> bool:
         """Whether it is time to save again."""
-        return time.monotonic() - self._saved > 60 * self.minutes
+        return time.monotonic() - self._saved > 60 * MINUTES
 
     def save(self, inputs: str, state: dict[str, Any]) -> None:
         """Writes tensors and plain values."""

@@ -19,7 +19,7 @@ from tapt.data import LabelledImages
 from tapt.defenses import ImageBatch, find_defenses, list_defenses
 from tapt.model import Model
 from tapt.packs.card import write_pack
-from tapt.packs.format import CONFIG, Pack, load_pack, open_pack
+from tapt.packs.format import CONFIG, Pack, open_pack
 from tapt.processes import start_processes
 from tapt.training.batches import TrainConfig, split_data
 from tapt.training.checkpoints import read_checkpoint
@@ -27,7 +27,11 @@ from tapt.training.choose import candidates, choose_settings
 from tapt.training.prompts import Trainer, train
 from tapt.training.statistics import statistics
 
-PRESETS = ("paper", "quick", "embedded")
+PRESETS = {  # images of the statistics, of the search and of the table, and steps of its PGD
+    "paper": (16_000, 200, 500, 100),
+    "quick": (2000, 40, 50, 20),
+    "embedded": (20_000, 160, 0, 0),
+}
 SEEN = 8000  # images that the quick preset trains on
 
 
@@ -36,16 +40,17 @@ class Recipe:
     """How a pack is made.
 
     prompts: their layout. training: of the adversarial ones.
+    defenses: those whose settings are chosen, and that the table has.
     statistics: images that they are taken of, at most.
-    search: held-out images that the settings of `defenses` are chosen on, at most.
+    search: held-out images that settings are chosen on, at most.
     table, steps: held-out images of a first table, and steps of its PGD.
     """
 
     prompts: PromptConfig
     training: TrainConfig
+    defenses: list[str]
     statistics: int
     search: int
-    defenses: tuple[str, ...]
     table: int
     steps: int
 
@@ -68,29 +73,28 @@ def make_recipe(
     prompts, training: what is to differ from it; `InputError` for prompts that do not fit the
         backbone, and for values out of range.
     """
-    classes, every = len(data.classes), tuple(list_defenses())
     layout: dict[str, Any] = {
         "visual_depth": min(9, backbone.visual_blocks),
         "text_depth": min(9, backbone.text_blocks),
     }
     config: dict[str, Any] = {}
-    sizes: tuple[Any, ...] = 16_000, 200, every, 500, 100
     if preset != "paper":
         config = {"optimizer": "adamw", "lr": 0.01, "min_crop": 0.3, "epochs": 1}
     if preset == "quick":
-        shots = max(1, SEEN // classes)
-        config |= {"shots": shots, "epochs": max(1, SEEN // min(len(data), shots * classes))}
-        sizes = 2000, 40, tuple(row.name for row in find_defenses()), 50, 20
+        shots = max(1, SEEN // len(data.classes))
+        seen = min(len(data), shots * len(data.classes))
+        config |= {"shots": shots, "epochs": max(1, SEEN // seen)}
     if preset == "embedded":
         layout["tokens"] = 4
         config |= {"shots": None, "batch_size": 128, "precision": "bfloat16", "validation": 0.02}
         config |= {"epsilon": 2 / 255, "clean_share": 0.25}
-        sizes = 20_000, 160, every, 0, 0
     chosen, trained = PromptConfig(**{**layout, **prompts}), TrainConfig(**{**config, **training})
     chosen.shapes(backbone.architecture)
     if not round(len(data) * trained.validation):
         raise InputError("No image is held out to choose settings on: raise validation.")
-    return Recipe(chosen, trained, *sizes)
+    quick = [row.name for row in find_defenses()]
+    defenses = quick if preset == "quick" else list_defenses()
+    return Recipe(chosen, trained, defenses, *PRESETS[preset])
 
 
 def make_pack(
@@ -125,8 +129,7 @@ def make_pack(
         _drop_damaged(out)
         adversarial, clean = parts
         limit = min(len(data), recipe.statistics)
-        statistics(backbone, data, adversarial, clean, out, limit=limit, resume=resume)
-        pack = load_pack(out.absolute(), backbone)
+        pack = statistics(backbone, data, adversarial, clean, out, limit=limit, resume=resume)
     report("test-time settings")
     pack = choose_settings(
         Model(backbone, pack),

@@ -51,7 +51,6 @@ def train(
     out: Path,
     *,
     resume: bool = False,
-    checkpoint_minutes: float = 3.0,
     on_epoch: Callable[[dict[str, Any]], None] = lambda row: None,
 ) -> Pack:
     """Trains prompts and writes them into a folder, with a log of one row per epoch.
@@ -68,7 +67,7 @@ def train(
     start_processes(backbone.device)
     prompt_config.shapes(backbone.architecture)
     trainer = Trainer(backbone, prompt_config, split_data(data, backbone, config), config)
-    checkpoint = Checkpoint(out / CHECKPOINT, checkpoint_minutes, resume)
+    checkpoint = Checkpoint(out / CHECKPOINT, resume)
     if state := checkpoint.load(trainer.inputs(), backbone.device):
         trainer.restore(state)
     out.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,6 @@ def statistics(
     seed: int = 0,
     test_time: dict[str, dict[str, Any]] | None = None,
     resume: bool = False,
-    checkpoint_minutes: float = 3.0,
 ) -> Pack:
     """Makes a whole pack: the adversarial prompts with the statistics under both.
 
@@ -66,13 +65,12 @@ def statistics(
     images = Pixels(data, backbone.preprocess)
     own = range(state.process_index, len(images), state.num_processes)
     out.mkdir(parents=True, exist_ok=True)
-    moments, checkpoints = [], []
+    measured, checkpoints = [], []
     options: dict[str, Any] = {"seed": seed, "progress": state.is_main_process}
     for part, source in (("adversarial", adversarial), ("clean", clean)):
-        path = out / f"{part}-{state.process_index}.ckpt"
-        checkpoint = Checkpoint(path, checkpoint_minutes, resume)
-        measured = token_moments(backbone, source.prompts, images, own, checkpoint, **options)
-        moments.append(merged(gather(measured)))
+        checkpoint = Checkpoint(out / f"{part}-{state.process_index}.ckpt", resume)
+        moments = token_moments(backbone, source.prompts, images, own, checkpoint, **options)
+        measured.append(merged(gather(moments)).statistics())
         checkpoints.append(checkpoint)
     made = {
         "images": len(images),
@@ -82,7 +80,7 @@ def statistics(
     }
     pack = Pack(
         adversarial.prompts,
-        Statistics(*(each.statistics() for each in moments)),
+        Statistics(*measured),
         adversarial.test_time if test_time is None else test_time,
         out.name,
         adversarial.base_model,
