@@ -22,7 +22,8 @@ from tapt.core.backbone import Backbone
 from tapt.core.clip import PromptedClip
 from tapt.core.errors import Cancelled, InputError, PackError
 from tapt.core.images import to_float, to_picture
-from tapt.core.tuning import Progress as Report
+from tapt.core.progress import Progress as Report
+from tapt.core.progress import quiet
 from tapt.core.views import image_seeds
 from tapt.data.names import parse_classes
 from tapt.data.pictures import open_image
@@ -339,7 +340,7 @@ def timed(
     defense: PreparedDefense,
     batch: ImageBatch,
     model: Model,
-    report: Report = lambda done, total: None,
+    report: Report = quiet,
 ) -> tuple[Prediction, float]:
     """A defence's answers, and the seconds that it would have taken alone.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
@@ -23,12 +22,11 @@ from tapt.core.losses import (
     select_views,
     view_statistics,
 )
+from tapt.core.progress import Clock, Progress, counted, quiet
 from tapt.core.prompts import ClassTexts, Prompts, image_logits, logits
 from tapt.core.settings import Settings
 from tapt.core.towers import encode_image
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total); may raise to stop."""
 Beta = Annotated[float, Field(ge=0, lt=1)]
 TUNE_STEPS: JsonDict = {"option": "tune-steps"}
 TWO_BETAS: JsonDict = {"rule": "two numbers from 0 to below 1"}
@@ -151,7 +149,7 @@ def tune(
     text_features: Tensor | None = None,
     view_logits: Tensor | None = None,
     after: bool = False,
-    on_progress: Progress = lambda done, total: None,
+    on_progress: Progress = quiet,
 ) -> Tuned:
     """Tunes prompts for each image and predicts its view 0 with them.
 
@@ -271,32 +269,3 @@ def _on(backbone: Backbone, prompts: Prompts, statistics: Statistics) -> Statist
                 )
     place = backbone.device, backbone.dtype
     return Statistics(statistics.adversarial.to(*place), statistics.clean.to(*place))
-
-
-def counted(on_progress: Progress, total: int) -> Callable[[int], None]:
-    """A function that adds to what is done, and reports it."""
-    done = 0
-
-    def advance(by: int) -> None:
-        nonlocal done
-        done += by
-        on_progress(done, total)
-
-    advance(0)
-    return advance
-
-
-class Clock:
-    """Seconds by phase, between the laps; waits for a GPU so that its work is counted where it
-    was asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, dict[str, float]()
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """What was done since the last lap was of this phase."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        before, self._last = self._last, time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + self._last - before

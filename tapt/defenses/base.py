@@ -14,9 +14,10 @@ from torch import Generator, Tensor
 from tapt.core.backbone import Backbone
 from tapt.core.clip import Classifier, PromptedClip
 from tapt.core.errors import InputError
+from tapt.core.progress import Progress, counted, quiet
 from tapt.core.prompts import ClassTexts
 from tapt.core.settings import Settings
-from tapt.core.tuning import Progress, counted, encode_views
+from tapt.core.tuning import encode_views
 from tapt.core.views import generators, make_views
 
 T = TypeVar("T")
@@ -135,17 +136,13 @@ class PreparedDefense:
         """What answers where nothing is done at test time; cheap attacks see it."""
         return self.clip.static
 
-    def logits(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Tensor:
+    def logits(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Tensor:
         """Log-probabilities or logits (M, C) that an attacker differentiates."""
         state = self.freeze(batch.detached(), on_progress=on_progress)
         assert state is not None, "a defence defines logits, or freeze and frozen_logits"
         return self.frozen_logits(batch, state)
 
-    def freeze(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> State | None:
+    def freeze(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> State | None:
         """Runs the defence on images without gradients, for what is then held constant."""
         return None
 
@@ -161,9 +158,7 @@ class PreparedDefense:
         raise NotImplementedError
 
     @torch.no_grad()
-    def predict(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Prediction:
+    def predict(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Prediction:
         """Answers to the images."""
         logits = self.logits(batch, on_progress=on_progress)
         return Prediction(logits.softmax(-1).cpu())

@@ -26,10 +26,10 @@ from tapt.core.backbone import Backbone
 from tapt.core.clip import Classifier
 from tapt.core.images import to_picture, to_uint8
 from tapt.core.losses import entropy
+from tapt.core.progress import Progress, counted, quiet
 from tapt.core.prompts import DEFAULT_TEMPLATE, PromptConfig
 from tapt.core.settings import Settings
 from tapt.core.towers import encode_text
-from tapt.core.tuning import Progress, counted
 from tapt.core.views import random_view
 from tapt.defenses.base import (
     Defense,
@@ -183,14 +183,10 @@ class Dbd(PreparedDefense):
     def images_per_pass(self) -> int:  # type: ignore[override]
         return images_per_pass(self.clip.backbone, VIEWS)
 
-    def logits(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Tensor:
+    def logits(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Tensor:
         return self._answer(batch, on_progress)[0]
 
-    def predict(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Prediction:
+    def predict(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Prediction:
         with torch.no_grad():
             logits, entropies, found = self._answer(batch, on_progress)
         trace = {

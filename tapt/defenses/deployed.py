@@ -12,7 +12,7 @@ from torch import Generator, Tensor
 from tapt.core.attacks import Attack, attack_images
 from tapt.core.clip import Classifier
 from tapt.core.images import to_float
-from tapt.core.tuning import Progress
+from tapt.core.progress import Progress, quiet
 from tapt.core.views import generators, image_seeds
 from tapt.defenses.adaptive import Adaptive, Search, is_adaptive
 from tapt.defenses.base import ImageBatch, PreparedDefense
@@ -72,7 +72,7 @@ def attack_deployed(
     adaptive: Adaptive | None = None,
     images: Sequence[int] | None = None,
     targets: Tensor | None = None,
-    on_progress: Progress = lambda done, total: None,
+    on_progress: Progress = quiet,
 ) -> Tensor:
     """Attacks 8-bit images under one defence as it is deployed: by gradients the adaptive attack,
     by answers alone (Square), or without an epsilon (CW), the attack itself with averages over

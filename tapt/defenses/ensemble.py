@@ -7,8 +7,8 @@ from pydantic import Field
 from torch import Tensor
 
 from tapt.core.losses import entropy, log_mean_probability, select_views
+from tapt.core.progress import Progress, quiet
 from tapt.core.settings import Settings
-from tapt.core.tuning import Progress
 from tapt.defenses.base import (
     Defense,
     ImageBatch,
@@ -34,9 +34,7 @@ class Ensemble(PreparedDefense):
     randomised = True
     images_per_pass = 16
 
-    def freeze(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> State:
+    def freeze(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> State:
         """The selection."""
         return self._select(batch, on_progress)[1]
 
@@ -47,9 +45,7 @@ class Ensemble(PreparedDefense):
         return log_mean_probability(logits)
 
     @torch.no_grad()
-    def predict(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Prediction:
+    def predict(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Prediction:
         logits, state = self._select(batch, on_progress)
         if self.clip.selection_model is None:  # the kept views have answered already
             log_p = log_mean_probability(kept_of(logits, state["kept"]))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tapt.core.clip import Classifier
-from tapt.core.tuning import Progress
+from tapt.core.progress import Progress, quiet
 from tapt.defenses.base import Defense, ImageBatch, PreparedDefense, register
 
 
@@ -16,9 +16,7 @@ class VanillaClip(PreparedDefense):
     def undefended(self) -> Classifier:
         return self.clip.vanilla
 
-    def logits(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Tensor:
+    def logits(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Tensor:
         answer: Tensor = self.clip.vanilla(batch.images)
         return answer
 
@@ -26,9 +24,7 @@ class VanillaClip(PreparedDefense):
 class StaticPrompts(PreparedDefense):
     """The prompts before any test-time step; in float32, whatever selects the views."""
 
-    def logits(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Tensor:
+    def logits(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Tensor:
         answer: Tensor = self.clip.static(batch.images)
         return answer
 

@@ -10,6 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tapt.core.clip import PromptedClip
 from tapt.core.losses import entropy, select_views
+from tapt.core.progress import quiet
 from tapt.core.prompts import Prompts, logits
 from tapt.core.tuning import Objective, TuneConfig
 from tapt.defenses.base import ImageBatch, kept_of
@@ -31,7 +32,7 @@ def smooth_tuning(
         Prompts of every image, their text features ([M,] C, E), and the kept views (M, K).
     """
     objective = Objective(clip.backbone, clip.prompts, clip.statistics, config)
-    every = batch.detached().view_logits(clip, config.views, lambda done, total: None)
+    every = batch.detached().view_logits(clip, config.views, quiet)
     kept = select_views(entropy(every), config.keep)
     kept_views = kept_of(batch.views(config.views), kept)
     prompts = clip.prompts.batch(len(batch)).map(lambda t: t.detach().requires_grad_())

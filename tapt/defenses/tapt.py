@@ -10,8 +10,9 @@ from torch import Tensor
 
 from tapt.core.clip import PromptedClip
 from tapt.core.losses import kept_views_count
+from tapt.core.progress import Progress, quiet
 from tapt.core.prompts import Prompts, init_prompts, logits
-from tapt.core.tuning import Losses, Progress, TuneConfig, Tuned, tune
+from tapt.core.tuning import Losses, TuneConfig, Tuned, tune
 from tapt.defenses.base import (
     Defense,
     ImageBatch,
@@ -55,9 +56,7 @@ class Tapt(PreparedDefense):
         """How many views per image an attacker's gradients pass."""
         return kept_views_count(self.settings.views, self.settings.keep)
 
-    def freeze(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> State:
+    def freeze(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> State:
         """The tuned prompts, their text features, and the kept views."""
         tuned = self.tune(batch, False, on_progress)
         texts = tuned.text_features.expand(len(batch), -1, -1)  # V shares them
@@ -75,9 +74,7 @@ class Tapt(PreparedDefense):
     def surrogate_logits(self, batch: ImageBatch) -> Tensor:
         return smooth_step(self.clip, self.settings, batch)
 
-    def predict(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Prediction:
+    def predict(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Prediction:
         tuned = self.tune(batch, True, on_progress)
         return Prediction(tuned.logits.softmax(-1).cpu(), trace_of(tuned))
 

@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor
 
 from tapt.core.losses import log_mean_probability
+from tapt.core.progress import Progress, quiet
 from tapt.core.prompts import Prompts
-from tapt.core.tuning import Progress
 from tapt.defenses.base import Defense, ImageBatch, Prediction, State, kept_of, register
 from tapt.defenses.features import encode_unit, reliability, similarity, weighted
 from tapt.defenses.surrogates import smooth_tuning
@@ -49,9 +49,7 @@ class TaptEnsemble(Tapt):
         prompts, text, kept = smooth_tuning(self.clip, self.settings, batch)
         return self._answer(batch.views(self.settings.views), prompts, text, kept)[0]
 
-    def predict(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Prediction:
+    def predict(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Prediction:
         tuned = self.tune(batch, True, on_progress)
         views = batch.views(self.settings.views)
         with torch.no_grad():

@@ -29,8 +29,8 @@ from torch import Tensor
 
 from tapt.core.clip import Classifier, PromptedClip
 from tapt.core.losses import entropy, kept_views_count
+from tapt.core.progress import Progress, counted, quiet
 from tapt.core.prompts import DEFAULT_TEMPLATE, class_texts
-from tapt.core.tuning import Progress, counted
 from tapt.defenses.base import (
     Defense,
     ImageBatch,
@@ -154,9 +154,7 @@ class TextPrompts(PreparedDefense):
         raise NotImplementedError
 
     @torch.no_grad()
-    def freeze(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> State:
+    def freeze(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> State:
         """The text features."""
         return {"text features": self._tuned(batch, self._look(batch, on_progress))[0]}
 
@@ -176,9 +174,7 @@ class TextPrompts(PreparedDefense):
         return self._answer(look, self._tuned(batch, look, smooth=True)[0])
 
     @torch.no_grad()
-    def predict(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Prediction:
+    def predict(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Prediction:
         look = self._look(batch, on_progress)
         text, steps = self._tuned(batch, look)
         logits, total = self._answer(look, text), len(batch) * (self.settings.views + 1)
@@ -188,7 +184,7 @@ class TextPrompts(PreparedDefense):
         trace = {"entropies": look.entropies, "kept": look.kept, "weights": look.plan.weights}
         return Prediction(logits.softmax(-1).cpu(), {**trace, **look.plan.trace, **losses})
 
-    def _look(self, batch: ImageBatch, on_progress: Progress = lambda done, total: None) -> Look:
+    def _look(self, batch: ImageBatch, on_progress: Progress = quiet) -> Look:
         """All that comes before the step; with gradients where they are enabled."""
         backbone, views = self.clip.backbone, self.views(batch)
         advance = counted(on_progress, len(batch) * (self.settings.views + 1))

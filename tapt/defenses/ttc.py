@@ -23,9 +23,9 @@ from torch.nn.functional import softsign
 
 from tapt.core.backbone import Backbone
 from tapt.core.clip import Classifier
+from tapt.core.progress import Progress, counted, quiet
 from tapt.core.settings import Settings
 from tapt.core.towers import encode_image
-from tapt.core.tuning import Progress, counted
 from tapt.defenses.base import (
     Defense,
     ImageBatch,
@@ -159,9 +159,7 @@ class Ttc(PreparedDefense):
     def images_per_pass(self) -> int:  # type: ignore[override]
         return images_per_pass(self.clip.backbone, 1)
 
-    def freeze(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> State:
+    def freeze(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> State:
         """The counter-perturbation."""
         return {"delta": self._found(batch, on_progress).delta}
 
@@ -172,9 +170,7 @@ class Ttc(PreparedDefense):
         return self.undefended(batch.images + self._found(batch, soft=True).delta)
 
     @torch.no_grad()
-    def predict(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Prediction:
+    def predict(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Prediction:
         found = self._found(batch, on_progress)
         logits = self.undefended(batch.images + found.delta)
         trace: dict[str, Tensor] = {
@@ -190,7 +186,7 @@ class Ttc(PreparedDefense):
     def _found(
         self,
         batch: ImageBatch,
-        on_progress: Progress = lambda done, total: None,
+        on_progress: Progress = quiet,
         *,
         soft: bool = False,
     ) -> Counterattack:
