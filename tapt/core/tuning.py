@@ -17,6 +17,7 @@ from tapt.core.losses import (
     Statistics,
     alignment,
     entropy,
+    kept_of,
     kept_views_count,
     multi_view_entropy,
     select_views,
@@ -27,21 +28,27 @@ from tapt.core.prompts import ClassTexts, Prompts, image_logits, logits
 from tapt.core.settings import Settings
 from tapt.core.towers import encode_image
 
-Beta = Annotated[float, Field(ge=0, lt=1)]
+# settings that several defences have
+Views = Annotated[int, Field(ge=1, le=1024, description="the image and random crops of it")]
+Keep = Annotated[float, Field(ge=0, le=1, description="share of the most confident views")]
 TUNE_STEPS: JsonDict = {"option": "tune-steps"}
+Steps = Annotated[
+    int, Field(ge=0, le=100, description="AdamW steps per image", json_schema_extra=TUNE_STEPS)
+]
+LearningRate = Annotated[float, Field(ge=0, le=10, description="learning rate of the steps")]
+WeightDecay = Annotated[float, Field(ge=0, le=10, description="of AdamW")]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 TWO_BETAS: JsonDict = {"rule": "two numbers from 0 to below 1"}
 
 
 class TuneConfig(Settings):
     """Test-time settings; the defaults are the published ones."""
 
-    views: int = Field(64, ge=1, le=1024, description="the image and random crops of it")
-    keep: float = Field(0.1, ge=0, le=1, description="share of the most confident views")
-    steps: int = Field(
-        1, ge=0, le=100, description="AdamW steps per image", json_schema_extra=TUNE_STEPS
-    )
-    lr: float = Field(5e-4, ge=0, le=10, description="learning rate of the steps")
-    weight_decay: float = Field(0.01, ge=0, le=10, description="of AdamW")
+    views: Views = 64
+    keep: Keep = 0.1
+    steps: Steps = 1
+    lr: LearningRate = 5e-4
+    weight_decay: WeightDecay = 0.01
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.999), strict=False, description="of AdamW", json_schema_extra=TWO_BETAS
     )
@@ -177,7 +184,7 @@ def tune(
         advance(images * count)
     entropies = entropy(view_logits)
     kept = select_views(entropies, config.keep)
-    kept_views = views[torch.arange(images, device=views.device)[:, None], kept]
+    kept_views = kept_of(views, kept)
     clock.lap("select")
 
     # section 3.3: lower their joint entropy and the distance of their statistics; every image

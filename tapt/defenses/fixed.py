@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tapt.core.clip import Classifier
 from tapt.core.progress import Progress, quiet
 from tapt.defenses.base import Defense, ImageBatch, PreparedDefense, register
 
@@ -12,9 +11,7 @@ from tapt.defenses.base import Defense, ImageBatch, PreparedDefense, register
 class VanillaClip(PreparedDefense):
     """CLIP without any prompts."""
 
-    @property
-    def undefended(self) -> Classifier:
-        return self.clip.vanilla
+    uses_prompts = False
 
     def logits(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Tensor:
         answer: Tensor = self.clip.vanilla(batch.images)
@@ -29,5 +26,5 @@ class StaticPrompts(PreparedDefense):
         return answer
 
 
-register(Defense("clip", "Vanilla CLIP", "no defence", VanillaClip, uses_prompts=False))
+register(Defense("clip", "Vanilla CLIP", "no defence", VanillaClip))
 register(Defense("static", "Static prompts", "before the test-time step", StaticPrompts))

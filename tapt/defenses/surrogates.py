@@ -9,17 +9,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tapt.core.clip import PromptedClip
-from tapt.core.losses import entropy, select_views
+from tapt.core.losses import entropy, kept_of, select_views
 from tapt.core.progress import quiet
-from tapt.core.prompts import Prompts, logits
+from tapt.core.prompts import Prompts
 from tapt.core.tuning import Objective, TuneConfig
-from tapt.defenses.base import ImageBatch, kept_of
-
-
-def smooth_step(clip: PromptedClip, config: TuneConfig, batch: ImageBatch) -> Tensor:
-    """Logits (M, C) of the images after `smooth_tuning`."""
-    prompts, text, _ = smooth_tuning(clip, config, batch)
-    return logits(clip.backbone, batch.images, text, prompts)
+from tapt.defenses.base import ImageBatch
 
 
 def smooth_tuning(

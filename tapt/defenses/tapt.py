@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
 
 from pydantic import Field
 from torch import Tensor
@@ -23,7 +22,7 @@ from tapt.defenses.base import (
     images_per_pass,
     register,
 )
-from tapt.defenses.surrogates import smooth_step
+from tapt.defenses.surrogates import smooth_tuning
 
 
 class TaptSettings(TuneConfig):
@@ -46,10 +45,7 @@ class Tapt(PreparedDefense):
             start = init_prompts(clip.backbone, clip.prompts.config)
             self.clip = replace(clip, prompts=start)
         self.surrogate = "smooth step" if settings.steps else None
-
-    @cached_property
-    def images_per_pass(self) -> int:  # type: ignore[override]
-        return images_per_pass(self.clip.backbone, self.attacked_views, self.clip.texts)
+        self.images_per_pass = images_per_pass(clip.backbone, self.attacked_views, clip.texts)
 
     @property
     def attacked_views(self) -> int:
@@ -72,7 +68,8 @@ class Tapt(PreparedDefense):
         return Prompts(start.config, {name: state[name] for name in start.tensors})
 
     def surrogate_logits(self, batch: ImageBatch) -> Tensor:
-        return smooth_step(self.clip, self.settings, batch)
+        prompts, text, _ = smooth_tuning(self.clip, self.settings, batch)
+        return logits(self.clip.backbone, batch.images, text, prompts)
 
     def predict(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Prediction:
         tuned = self.tune(batch, True, on_progress)
@@ -125,7 +122,6 @@ register(
         "prompts tuned for this one picture",
         Tapt,
         TaptSettings,
-        paper="arXiv 2411.13136",
         search={"lr": (0.005, 0.01, 0.02, 0.04)},
     )
 )

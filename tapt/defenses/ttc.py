@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import softsign
 
 from tapt.core.backbone import Backbone
-from tapt.core.clip import Classifier
+from tapt.core.clip import PromptedClip
 from tapt.core.progress import Progress, counted, quiet
 from tapt.core.settings import Settings
 from tapt.core.towers import encode_image
@@ -148,16 +148,13 @@ class Ttc(PreparedDefense):
     """
 
     settings: TtcSettings
+    uses_prompts = False
     randomised = True
     surrogate = "soft sign"
 
-    @property
-    def undefended(self) -> Classifier:
-        return self.clip.vanilla
-
-    @property
-    def images_per_pass(self) -> int:  # type: ignore[override]
-        return images_per_pass(self.clip.backbone, 1)
+    def __init__(self, clip: PromptedClip, settings: TtcSettings) -> None:
+        super().__init__(clip, settings)
+        self.images_per_pass = images_per_pass(clip.backbone, 1)
 
     def freeze(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> State:
         """The counter-perturbation."""
@@ -211,8 +208,6 @@ register(
         "a counter-attack on the pixels, no prompts",
         Ttc,
         TtcSettings,
-        uses_prompts=False,
-        paper="arXiv 2503.03613",
         by_default=False,
         search={"epsilon": (2 / 255, 4 / 255, 8 / 255), "tau_threshold": (0.1, 0.2, 0.5)},
     )
