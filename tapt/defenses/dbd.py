@@ -182,9 +182,9 @@ class Dbd(PreparedDefense):
     def logits(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Tensor:
         return self._answer(batch, on_progress)[0]
 
+    @torch.no_grad()
     def predict(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Prediction:
-        with torch.no_grad():
-            logits, entropies, found = self._answer(batch, on_progress)
+        logits, entropies, found = self._answer(batch, on_progress)
         trace = {
             "entropies": entropies,
             "kept": found.references,
