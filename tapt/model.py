@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import os
-import queue
-import threading
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from concurrent.futures import Future
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from tapt.comparison import Answer, Answers, Comparison, plain
-from tapt.core.attacks import Attack, attack_images
+from tapt.core.attacks import Attack
 from tapt.core.backbone import Backbone
 from tapt.core.clip import PromptedClip
-from tapt.core.errors import Cancelled, InputError, PackError
+from tapt.core.errors import InputError, PackError
 from tapt.core.images import to_float, to_picture
-from tapt.core.tuning import Progress as Report
+from tapt.core.progress import Progress as Report
+from tapt.core.progress import quiet
 from tapt.core.views import image_seeds
 from tapt.data.names import parse_classes
 from tapt.data.pictures import open_image
@@ -35,30 +33,20 @@ from tapt.defenses import (
     find_defenses,
 )
 from tapt.defenses.adaptive import Adaptive
-from tapt.defenses.deployed import attack_deployed
+from tapt.defenses.deployed import attack_batch
 from tapt.packs.backbones import is_public, load_backbone
 from tapt.packs.format import Pack, default_pack, open_pack
 from tapt.packs.hub import Origin, Token
+from tapt.running import Progress, in_thread
 
 ATTACKED_MODELS = ("clip", "static", "deployed")
 DEFAULT = "small/vli"
 VICTIM = "tapt"  # the defence that `deployed` attacks where a picture is compared
 QUICK = Adaptive(pool=2, refresh=3, judging=4, draws=1)  # for one picture, somebody waits
 REMEMBERED = 8  # class lists
-T = TypeVar("T")
-R = TypeVar("R")
 Picture = Image.Image | str | os.PathLike[str] | bytes
 Changes = Mapping[str, Any] | None
 Selection = Literal["float32", "bfloat16"]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """phase: what is running now, in words. done, total: of this phase."""
-
-    phase: str
-    done: int
-    total: int
 
 
 class Model:
@@ -311,35 +299,11 @@ class Task:
         }
 
 
-def attack_batch(
-    clip: PromptedClip,
-    attacked: str,
-    pixels: Tensor,
-    labels: Tensor,
-    attack: Attack,
-    *,
-    prepared: PreparedDefense | None = None,
-    adaptive: Adaptive | None = None,
-    **options: Any,
-) -> Tensor:
-    """Attacks 8-bit images (N, 3, S, S) on vanilla CLIP, on the static prompts, or on a defence as
-    it is deployed.
-
-    attacked: of `ATTACKED_MODELS`.
-    prepared: the defence that is attacked as deployed, adaptive: with which budget.
-    options: as for `attack_images`.
-    """
-    if prepared is not None:
-        return attack_deployed(prepared, pixels, labels, attack, adaptive=adaptive, **options)
-    fixed = {"clip": clip.vanilla, "static": clip.static}[attacked]
-    return attack_images(fixed, pixels, labels, attack, **options)
-
-
 def timed(
     defense: PreparedDefense,
     batch: ImageBatch,
     model: Model,
-    report: Report = lambda done, total: None,
+    report: Report = quiet,
 ) -> tuple[Prediction, float]:
     """A defence's answers, and the seconds that it would have taken alone.
 
@@ -351,37 +315,6 @@ def timed(
     if not prediction.probabilities.isfinite().all():
         raise PackError(f"The prompts of pack {model.pack.name!r} give no finite answers.")
     return prediction, time.perf_counter() - began + batch.reused - before
-
-
-def in_thread(
-    phase: str, result: R, work: Callable[[Report], T]
-) -> Generator[tuple[Progress, R], None, T]:
-    """Runs `work(report)` in a thread, yields its progress beside `result` and returns its value;
-    closing stops it at its next report."""
-    events: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()
-    stop, value = threading.Event(), Future[T]()
-
-    def report(done: int, total: int) -> None:
-        if stop.is_set():
-            raise Cancelled("Stopped.")
-        events.put(Progress(phase, done, total))
-
-    def run() -> None:
-        try:
-            value.set_result(work(report))
-        except BaseException as error:
-            value.set_exception(error)
-        events.put(None)
-
-    thread = threading.Thread(target=run, daemon=True)
-    thread.start()
-    try:
-        while progress := events.get():
-            yield progress, result
-        return value.result()
-    finally:
-        stop.set()
-        thread.join()
 
 
 def load(

@@ -6,8 +6,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from tapt.core.progress import Progress, quiet
 from tapt.core.settings import Settings
-from tapt.core.tuning import Progress
 from tapt.defenses import Defense, ImageBatch, PreparedDefense
 
 
@@ -19,9 +19,7 @@ class Flips(PreparedDefense):
     settings: FlipSettings
     randomised = True
 
-    def logits(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Tensor:
+    def logits(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Tensor:
         coins = [torch.rand(self.settings.flips, generator=g) for g in batch.generators("flips")]
         flip = (torch.stack(coins) < 0.5)[..., None, None, None].to(batch.images.device)
         images = batch.images[:, None]

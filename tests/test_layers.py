@@ -18,7 +18,7 @@ ROWS = [  # what stands above may import what stands below, never its own row
     ["model"],
     ["comparison"],
     ["packs", "data", "defenses"],
-    ["files", "processes"],
+    ["files", "processes", "running"],
     ["core"],
 ]
 HEIGHT = {name: -row for row, names in enumerate(ROWS) for name in names}

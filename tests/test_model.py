@@ -206,7 +206,7 @@ def test_an_error_in_the_thread_reaches_the_caller(model, image, monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise InputError("No attack today.")
 
-    monkeypatch.setattr(tapt.model, "attack_images", fail)
+    monkeypatch.setattr(tapt.model, "attack_batch", fail)
     with pytest.raises(InputError, match=r"No attack today\."):
         model.compare(image, TOY_CLASSES, attack=ATTACK)
 

@@ -20,8 +20,8 @@ from tapt.core.algorithms import CW, CW_WEIGHTS, AttackedModel, AutoAttack, Draw
 from tapt.core.clip import Classifier
 from tapt.core.errors import InputError
 from tapt.core.images import to_float
+from tapt.core.progress import Progress, quiet
 from tapt.core.settings import Settings
-from tapt.core.tuning import Progress
 from tapt.core.views import generators, image_seeds
 
 ONE = 1 / 255 - 1e-9
@@ -191,7 +191,7 @@ def attack_images(
     *,
     images: Sequence[int] | None = None,
     targets: Tensor | None = None,
-    on_progress: Progress = lambda done, total: None,
+    on_progress: Progress = quiet,
 ) -> Tensor:
     """Attacks 8-bit images; the result has L-inf <= `attack.epsilon_255` in integers where there
     is one. Raises `InputError` for a target where the attack has no targeted mode, and for a model

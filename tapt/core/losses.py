@@ -63,6 +63,11 @@ def select_views(entropies: Tensor, keep: float) -> Tensor:
     return entropies.topk(count, dim=-1, largest=False, sorted=True).indices
 
 
+def kept_of(values: Tensor, kept: Tensor) -> Tensor:
+    """The kept views' share of values (M, V, ...), (M, K, ...). kept: (M, K)."""
+    return values[torch.arange(len(kept), device=kept.device)[:, None], kept]
+
+
 def view_statistics(hidden: Sequence[Tensor], images: int) -> TokenStatistics:
     """Mean and population variance over each image's kept views, (blocks, images, tokens, width).
 

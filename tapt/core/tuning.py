@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated
@@ -18,32 +17,38 @@ from tapt.core.losses import (
     Statistics,
     alignment,
     entropy,
+    kept_of,
     kept_views_count,
     multi_view_entropy,
     select_views,
     view_statistics,
 )
+from tapt.core.progress import Clock, Progress, counted, quiet
 from tapt.core.prompts import ClassTexts, Prompts, image_logits, logits
 from tapt.core.settings import Settings
 from tapt.core.towers import encode_image
 
-Progress = Callable[[int, int], None]
-"""Called with (done, total); may raise to stop."""
-Beta = Annotated[float, Field(ge=0, lt=1)]
+# settings that several defences have
+Views = Annotated[int, Field(ge=1, le=1024, description="the image and random crops of it")]
+Keep = Annotated[float, Field(ge=0, le=1, description="share of the most confident views")]
 TUNE_STEPS: JsonDict = {"option": "tune-steps"}
+Steps = Annotated[
+    int, Field(ge=0, le=100, description="AdamW steps per image", json_schema_extra=TUNE_STEPS)
+]
+LearningRate = Annotated[float, Field(ge=0, le=10, description="learning rate of the steps")]
+WeightDecay = Annotated[float, Field(ge=0, le=10, description="of AdamW")]
+Beta = Annotated[float, Field(ge=0, lt=1)]
 TWO_BETAS: JsonDict = {"rule": "two numbers from 0 to below 1"}
 
 
 class TuneConfig(Settings):
     """Test-time settings; the defaults are the published ones."""
 
-    views: int = Field(64, ge=1, le=1024, description="the image and random crops of it")
-    keep: float = Field(0.1, ge=0, le=1, description="share of the most confident views")
-    steps: int = Field(
-        1, ge=0, le=100, description="AdamW steps per image", json_schema_extra=TUNE_STEPS
-    )
-    lr: float = Field(5e-4, ge=0, le=10, description="learning rate of the steps")
-    weight_decay: float = Field(0.01, ge=0, le=10, description="of AdamW")
+    views: Views = 64
+    keep: Keep = 0.1
+    steps: Steps = 1
+    lr: LearningRate = 5e-4
+    weight_decay: WeightDecay = 0.01
     betas: tuple[Beta, Beta] = Field(
         (0.9, 0.999), strict=False, description="of AdamW", json_schema_extra=TWO_BETAS
     )
@@ -151,7 +156,7 @@ def tune(
     text_features: Tensor | None = None,
     view_logits: Tensor | None = None,
     after: bool = False,
-    on_progress: Progress = lambda done, total: None,
+    on_progress: Progress = quiet,
 ) -> Tuned:
     """Tunes prompts for each image and predicts its view 0 with them.
 
@@ -179,7 +184,7 @@ def tune(
         advance(images * count)
     entropies = entropy(view_logits)
     kept = select_views(entropies, config.keep)
-    kept_views = views[torch.arange(images, device=views.device)[:, None], kept]
+    kept_views = kept_of(views, kept)
     clock.lap("select")
 
     # section 3.3: lower their joint entropy and the distance of their statistics; every image
@@ -271,32 +276,3 @@ def _on(backbone: Backbone, prompts: Prompts, statistics: Statistics) -> Statist
                 )
     place = backbone.device, backbone.dtype
     return Statistics(statistics.adversarial.to(*place), statistics.clean.to(*place))
-
-
-def counted(on_progress: Progress, total: int) -> Callable[[int], None]:
-    """A function that adds to what is done, and reports it."""
-    done = 0
-
-    def advance(by: int) -> None:
-        nonlocal done
-        done += by
-        on_progress(done, total)
-
-    advance(0)
-    return advance
-
-
-class Clock:
-    """Seconds by phase, between the laps; waits for a GPU so that its work is counted where it
-    was asked for."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.seconds = device, dict[str, float]()
-        self._last = time.perf_counter()
-
-    def lap(self, phase: str) -> None:
-        """What was done since the last lap was of this phase."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        before, self._last = self._last, time.perf_counter()
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + self._last - before

@@ -22,8 +22,8 @@ from torch import Tensor
 from tapt.core.algorithms import margin
 from tapt.core.attacks import Attack, attack_images
 from tapt.core.images import to_float
+from tapt.core.progress import Progress
 from tapt.core.settings import Settings
-from tapt.core.tuning import Progress
 from tapt.core.views import generators, image_seeds, make_views
 from tapt.defenses.base import ImageBatch, PreparedDefense, State, images_per_pass
 

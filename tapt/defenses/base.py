@@ -14,9 +14,10 @@ from torch import Generator, Tensor
 from tapt.core.backbone import Backbone
 from tapt.core.clip import Classifier, PromptedClip
 from tapt.core.errors import InputError
+from tapt.core.progress import Progress, counted, quiet
 from tapt.core.prompts import ClassTexts
 from tapt.core.settings import Settings
-from tapt.core.tuning import Progress, counted, encode_views
+from tapt.core.tuning import encode_views
 from tapt.core.views import generators, make_views
 
 T = TypeVar("T")
@@ -82,11 +83,6 @@ class ImageBatch:
         return self.shared(("view logits", count, clip), make)
 
 
-def kept_of(values: Tensor, kept: Tensor) -> Tensor:
-    """The kept views' share of values (M, V, ...), (M, K, ...). kept: (M, K)."""
-    return values[torch.arange(len(kept), device=kept.device)[:, None], kept]
-
-
 def images_per_pass(backbone: Backbone, views: int, texts: ClassTexts | None = None) -> int:
     """How many images pass with gradients at once: about 8,000 tokens of the image tower.
 
@@ -118,11 +114,13 @@ class PreparedDefense:
     2018), `freeze` and `frozen_logits`: selections, rounding, steps are of the one, what has a
     gradient is of the other.
 
+    uses_prompts: its answer depends on the pack's prompts.
     randomised: draws at test time; it is scored over draws and attacked with EOT.
     surrogate: name of the differentiable stand-in that an attacker may try, where there is one.
     images_per_pass: how many images `logits` takes at once, at most.
     """
 
+    uses_prompts: bool = True
     randomised: bool = False
     surrogate: str | None = None
     images_per_pass: int = 64
@@ -133,19 +131,15 @@ class PreparedDefense:
     @property
     def undefended(self) -> Classifier:
         """What answers where nothing is done at test time; cheap attacks see it."""
-        return self.clip.static
+        return self.clip.static if self.uses_prompts else self.clip.vanilla
 
-    def logits(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Tensor:
+    def logits(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Tensor:
         """Log-probabilities or logits (M, C) that an attacker differentiates."""
         state = self.freeze(batch.detached(), on_progress=on_progress)
         assert state is not None, "a defence defines logits, or freeze and frozen_logits"
         return self.frozen_logits(batch, state)
 
-    def freeze(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> State | None:
+    def freeze(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> State | None:
         """Runs the defence on images without gradients, for what is then held constant."""
         return None
 
@@ -161,9 +155,7 @@ class PreparedDefense:
         raise NotImplementedError
 
     @torch.no_grad()
-    def predict(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Prediction:
+    def predict(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Prediction:
         """Answers to the images."""
         logits = self.logits(batch, on_progress=on_progress)
         return Prediction(logits.softmax(-1).cpu())
@@ -180,8 +172,6 @@ class Defense:
     name: in commands, files and the API.
     title, about: for people.
     prepare: makes it ready; sees things of the core alone.
-    uses_prompts: its answer depends on the pack's prompts.
-    paper: where it comes from.
     by_default: answers where nobody chose.
     search: values of its decisive settings, all combinations of which are tried where a pack is
         made.
@@ -190,12 +180,15 @@ class Defense:
     name: str
     title: str
     about: str
-    prepare: Callable[[PromptedClip, Any], PreparedDefense]
+    prepare: type[PreparedDefense]
     settings: type[Settings] = NoSettings
-    uses_prompts: bool = True
-    paper: str = ""
     by_default: bool = True
     search: Mapping[str, Sequence[Any]] = field(default_factory=dict, hash=False)
+
+    @property
+    def uses_prompts(self) -> bool:
+        """Whether its answer depends on the pack's prompts."""
+        return self.prepare.uses_prompts
 
 
 _REGISTRY: dict[str, Defense] = {}

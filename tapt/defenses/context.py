@@ -18,7 +18,7 @@ from tapt.core.backbone import Backbone
 from tapt.core.losses import entropy, multi_view_entropy
 from tapt.core.prompts import ClassTexts, PromptConfig, Prompts, init_prompts
 from tapt.core.settings import Settings
-from tapt.core.tuning import TUNE_STEPS
+from tapt.core.tuning import Keep, LearningRate, Steps, Views, WeightDecay
 from tapt.defenses.features import similarity
 from tapt.defenses.surrogates import descended
 
@@ -30,19 +30,17 @@ Terms = dict[str, Tensor]
 class ContextSettings(Settings):
     """The step on the context vectors."""
 
-    views: int = Field(64, ge=1, le=1024, description="the image and random crops of it")
-    steps: int = Field(
-        1, ge=0, le=100, description="AdamW steps per image", json_schema_extra=TUNE_STEPS
-    )
-    lr: float = Field(5e-3, ge=0, le=10, description="learning rate of the steps")
-    weight_decay: float = Field(0.01, ge=0, le=10, description="of AdamW")
+    views: Views = 64
+    steps: Steps = 1
+    lr: LearningRate = 5e-3
+    weight_decay: WeightDecay = 0.01
     augmix: bool = Field(False, description="AugMix on top of the crops, as outside ImageNet")
 
 
 class TptSettings(ContextSettings):
     """TPT's step, and which views it looks at."""
 
-    keep: float = Field(0.1, ge=0, le=1, description="share of the most confident views")
+    keep: Keep = 0.1
 
 
 class RtptSettings(TptSettings):
@@ -55,7 +53,7 @@ class RtptSettings(TptSettings):
 class SstptSettings(ContextSettings):
     """SS-TPT's step, and how views are weighted."""
 
-    views: int = Field(16, ge=1, le=1024, description="the image and random crops of it")
+    views: Views = 16
     select: int = Field(3, ge=1, le=1024, description="most confident views, at least 2")
     temperature: float = Field(0.25, gt=0, le=100, description="of the views' weights")
     suitability_weight: float = Field(

@@ -23,13 +23,13 @@ from torch import Generator, Tensor
 from torch.nn.functional import avg_pool2d, conv2d, normalize, pad
 
 from tapt.core.backbone import Backbone
-from tapt.core.clip import Classifier
+from tapt.core.clip import PromptedClip
 from tapt.core.images import to_picture, to_uint8
-from tapt.core.losses import entropy
+from tapt.core.losses import entropy, kept_of
+from tapt.core.progress import Progress, counted, quiet
 from tapt.core.prompts import DEFAULT_TEMPLATE, PromptConfig
 from tapt.core.settings import Settings
 from tapt.core.towers import encode_text
-from tapt.core.tuning import Progress, counted
 from tapt.core.views import random_view
 from tapt.defenses.base import (
     Defense,
@@ -85,8 +85,7 @@ def direction(features: Tensor, logits: Tensor, settings: DbdSettings) -> Direct
     count = min(settings.references, others) if settings.filter else others
     entropies = entropy(logits[:, 1:].detach())
     kept = 1 + entropies.topk(count, dim=-1, largest=False).indices
-    rows = torch.arange(len(kept), device=kept.device)[:, None]
-    directions = features[rows, kept] - features[:, :1]
+    directions = kept_of(features, kept) - features[:, :1]
     mean = directions.mean(1)
     lengths = directions.norm(dim=-1) + 1e-8, mean.norm(dim=-1, keepdim=True) + 1e-8
     similarities = (directions * mean[:, None]).sum(-1) / (lengths[0] * lengths[1])
@@ -173,26 +172,19 @@ class Dbd(PreparedDefense):
     """Answers to the features beyond the image's own, on the side of its changed views."""
 
     settings: DbdSettings
+    uses_prompts = False
     randomised = True
 
-    @property
-    def undefended(self) -> Classifier:
-        return self.clip.vanilla
+    def __init__(self, clip: PromptedClip, settings: DbdSettings) -> None:
+        super().__init__(clip, settings)
+        self.images_per_pass = images_per_pass(clip.backbone, VIEWS)
 
-    @property
-    def images_per_pass(self) -> int:  # type: ignore[override]
-        return images_per_pass(self.clip.backbone, VIEWS)
-
-    def logits(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Tensor:
+    def logits(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Tensor:
         return self._answer(batch, on_progress)[0]
 
-    def predict(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Prediction:
-        with torch.no_grad():
-            logits, entropies, found = self._answer(batch, on_progress)
+    @torch.no_grad()
+    def predict(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Prediction:
+        logits, entropies, found = self._answer(batch, on_progress)
         trace = {
             "entropies": entropies,
             "kept": found.references,
@@ -226,8 +218,6 @@ register(
         "features moved towards those of changed views, no prompts",
         Dbd,
         DbdSettings,
-        uses_prompts=False,
-        paper="arXiv 2606.06186",
         by_default=False,
         search={"threshold": (0.4, 0.6, 0.7, 0.8, 0.9), "alpha": (1.5, 2.5, 4.0)},
     )

@@ -10,9 +10,9 @@ import torch
 from torch import Generator, Tensor
 
 from tapt.core.attacks import Attack, attack_images
-from tapt.core.clip import Classifier
+from tapt.core.clip import Classifier, PromptedClip
 from tapt.core.images import to_float
-from tapt.core.tuning import Progress
+from tapt.core.progress import Progress, quiet
 from tapt.core.views import generators, image_seeds
 from tapt.defenses.adaptive import Adaptive, Search, is_adaptive
 from tapt.defenses.base import ImageBatch, PreparedDefense
@@ -72,7 +72,7 @@ def attack_deployed(
     adaptive: Adaptive | None = None,
     images: Sequence[int] | None = None,
     targets: Tensor | None = None,
-    on_progress: Progress = lambda done, total: None,
+    on_progress: Progress = quiet,
 ) -> Tensor:
     """Attacks 8-bit images under one defence as it is deployed: by gradients the adaptive attack,
     by answers alone (Square), or without an epsilon (CW), the attack itself with averages over
@@ -103,6 +103,30 @@ def attack_deployed(
     draws = generators(image_seeds(attack.seed, numbers), "deployed")
     model = Deployed(prepared, draws, draws=adaptive.draws, tick=tick)
     return attack_images(model, pixels, labels, attack, **options)
+
+
+def attack_batch(
+    clip: PromptedClip,
+    attacked: str,
+    pixels: Tensor,
+    labels: Tensor,
+    attack: Attack,
+    *,
+    prepared: PreparedDefense | None = None,
+    adaptive: Adaptive | None = None,
+    **options: Any,
+) -> Tensor:
+    """Attacks 8-bit images (N, 3, S, S) on vanilla CLIP, on the static prompts, or on a defence as
+    it is deployed.
+
+    attacked: `clip` or `static`; another name goes with `prepared`, the defence that is attacked
+        as deployed, and adaptive: with which budget.
+    options: as for `attack_images`.
+    """
+    if prepared is not None:
+        return attack_deployed(prepared, pixels, labels, attack, adaptive=adaptive, **options)
+    fixed = {"clip": clip.vanilla, "static": clip.static}[attacked]
+    return attack_images(fixed, pixels, labels, attack, **options)
 
 
 @torch.no_grad()

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
-from tapt.core.losses import entropy, log_mean_probability, select_views
+from tapt.core.losses import entropy, kept_of, log_mean_probability, select_views
+from tapt.core.progress import Progress, quiet
 from tapt.core.settings import Settings
-from tapt.core.tuning import Progress
+from tapt.core.tuning import Keep, Views
 from tapt.defenses.base import (
     Defense,
     ImageBatch,
     Prediction,
     PreparedDefense,
     State,
-    kept_of,
     register,
 )
 
@@ -23,8 +22,8 @@ from tapt.defenses.base import (
 class EnsembleSettings(Settings):
     """How many views there are, and how many of them answer."""
 
-    views: int = Field(64, ge=1, le=1024, description="the image and random crops of it")
-    keep: float = Field(0.1, ge=0, le=1, description="share of the most confident views")
+    views: Views = 64
+    keep: Keep = 0.1
 
 
 class Ensemble(PreparedDefense):
@@ -34,9 +33,7 @@ class Ensemble(PreparedDefense):
     randomised = True
     images_per_pass = 16
 
-    def freeze(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> State:
+    def freeze(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> State:
         """The selection."""
         return self._select(batch, on_progress)[1]
 
@@ -47,9 +44,7 @@ class Ensemble(PreparedDefense):
         return log_mean_probability(logits)
 
     @torch.no_grad()
-    def predict(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Prediction:
+    def predict(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Prediction:
         logits, state = self._select(batch, on_progress)
         if self.clip.selection_model is None:  # the kept views have answered already
             log_p = log_mean_probability(kept_of(logits, state["kept"]))

@@ -4,21 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tapt.core.clip import Classifier
-from tapt.core.tuning import Progress
+from tapt.core.progress import Progress, quiet
 from tapt.defenses.base import Defense, ImageBatch, PreparedDefense, register
 
 
 class VanillaClip(PreparedDefense):
     """CLIP without any prompts."""
 
-    @property
-    def undefended(self) -> Classifier:
-        return self.clip.vanilla
+    uses_prompts = False
 
-    def logits(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Tensor:
+    def logits(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Tensor:
         answer: Tensor = self.clip.vanilla(batch.images)
         return answer
 
@@ -26,12 +21,10 @@ class VanillaClip(PreparedDefense):
 class StaticPrompts(PreparedDefense):
     """The prompts before any test-time step; in float32, whatever selects the views."""
 
-    def logits(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Tensor:
+    def logits(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Tensor:
         answer: Tensor = self.clip.static(batch.images)
         return answer
 
 
-register(Defense("clip", "Vanilla CLIP", "no defence", VanillaClip, uses_prompts=False))
+register(Defense("clip", "Vanilla CLIP", "no defence", VanillaClip))
 register(Defense("static", "Static prompts", "before the test-time step", StaticPrompts))

@@ -9,16 +9,11 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tapt.core.clip import PromptedClip
-from tapt.core.losses import entropy, select_views
-from tapt.core.prompts import Prompts, logits
+from tapt.core.losses import entropy, kept_of, select_views
+from tapt.core.progress import quiet
+from tapt.core.prompts import Prompts
 from tapt.core.tuning import Objective, TuneConfig
-from tapt.defenses.base import ImageBatch, kept_of
-
-
-def smooth_step(clip: PromptedClip, config: TuneConfig, batch: ImageBatch) -> Tensor:
-    """Logits (M, C) of the images after `smooth_tuning`."""
-    prompts, text, _ = smooth_tuning(clip, config, batch)
-    return logits(clip.backbone, batch.images, text, prompts)
+from tapt.defenses.base import ImageBatch
 
 
 def smooth_tuning(
@@ -31,7 +26,7 @@ def smooth_tuning(
         Prompts of every image, their text features ([M,] C, E), and the kept views (M, K).
     """
     objective = Objective(clip.backbone, clip.prompts, clip.statistics, config)
-    every = batch.detached().view_logits(clip, config.views, lambda done, total: None)
+    every = batch.detached().view_logits(clip, config.views, quiet)
     kept = select_views(entropy(every), config.keep)
     kept_views = kept_of(batch.views(config.views), kept)
     prompts = clip.prompts.batch(len(batch)).map(lambda t: t.detach().requires_grad_())

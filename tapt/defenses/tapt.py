@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cached_property
 
 from pydantic import Field
 from torch import Tensor
 
 from tapt.core.clip import PromptedClip
 from tapt.core.losses import kept_views_count
+from tapt.core.progress import Progress, quiet
 from tapt.core.prompts import Prompts, init_prompts, logits
-from tapt.core.tuning import Losses, Progress, TuneConfig, Tuned, tune
+from tapt.core.tuning import Losses, TuneConfig, Tuned, tune
 from tapt.defenses.base import (
     Defense,
     ImageBatch,
@@ -22,7 +22,7 @@ from tapt.defenses.base import (
     images_per_pass,
     register,
 )
-from tapt.defenses.surrogates import smooth_step
+from tapt.defenses.surrogates import smooth_tuning
 
 
 class TaptSettings(TuneConfig):
@@ -45,19 +45,14 @@ class Tapt(PreparedDefense):
             start = init_prompts(clip.backbone, clip.prompts.config)
             self.clip = replace(clip, prompts=start)
         self.surrogate = "smooth step" if settings.steps else None
-
-    @cached_property
-    def images_per_pass(self) -> int:  # type: ignore[override]
-        return images_per_pass(self.clip.backbone, self.attacked_views, self.clip.texts)
+        self.images_per_pass = images_per_pass(clip.backbone, self.attacked_views, clip.texts)
 
     @property
     def attacked_views(self) -> int:
         """How many views per image an attacker's gradients pass."""
         return kept_views_count(self.settings.views, self.settings.keep)
 
-    def freeze(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> State:
+    def freeze(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> State:
         """The tuned prompts, their text features, and the kept views."""
         tuned = self.tune(batch, False, on_progress)
         texts = tuned.text_features.expand(len(batch), -1, -1)  # V shares them
@@ -73,11 +68,10 @@ class Tapt(PreparedDefense):
         return Prompts(start.config, {name: state[name] for name in start.tensors})
 
     def surrogate_logits(self, batch: ImageBatch) -> Tensor:
-        return smooth_step(self.clip, self.settings, batch)
+        prompts, text, _ = smooth_tuning(self.clip, self.settings, batch)
+        return logits(self.clip.backbone, batch.images, text, prompts)
 
-    def predict(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Prediction:
+    def predict(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Prediction:
         tuned = self.tune(batch, True, on_progress)
         return Prediction(tuned.logits.softmax(-1).cpu(), trace_of(tuned))
 
@@ -128,7 +122,6 @@ register(
         "prompts tuned for this one picture",
         Tapt,
         TaptSettings,
-        paper="arXiv 2411.13136",
         search={"lr": (0.005, 0.01, 0.02, 0.04)},
     )
 )

@@ -11,10 +11,10 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tapt.core.losses import log_mean_probability
+from tapt.core.losses import kept_of, log_mean_probability
+from tapt.core.progress import Progress, quiet
 from tapt.core.prompts import Prompts
-from tapt.core.tuning import Progress
-from tapt.defenses.base import Defense, ImageBatch, Prediction, State, kept_of, register
+from tapt.defenses.base import Defense, ImageBatch, Prediction, State, register
 from tapt.defenses.features import encode_unit, reliability, similarity, weighted
 from tapt.defenses.surrogates import smooth_tuning
 from tapt.defenses.tapt import Tapt, TaptSettings, trace_of
@@ -49,9 +49,7 @@ class TaptEnsemble(Tapt):
         prompts, text, kept = smooth_tuning(self.clip, self.settings, batch)
         return self._answer(batch.views(self.settings.views), prompts, text, kept)[0]
 
-    def predict(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Prediction:
+    def predict(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Prediction:
         tuned = self.tune(batch, True, on_progress)
         views = batch.views(self.settings.views)
         with torch.no_grad():
@@ -84,7 +82,6 @@ register(
         "prompts tuned for this one picture, answered by its views",
         TaptEnsemble,
         TaptEnsembleSettings,
-        paper="arXiv 2411.13136",
         by_default=False,
         search={"answer": ("kept", "similar"), "lr": (0.005, 0.02)},
     )

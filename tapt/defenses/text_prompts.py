@@ -27,10 +27,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tapt.core.clip import Classifier, PromptedClip
-from tapt.core.losses import entropy, kept_views_count
+from tapt.core.clip import PromptedClip
+from tapt.core.losses import entropy, kept_of, kept_views_count
+from tapt.core.progress import Progress, counted, quiet
 from tapt.core.prompts import DEFAULT_TEMPLATE, class_texts
-from tapt.core.tuning import Progress, counted
+from tapt.core.settings import Settings
 from tapt.defenses.base import (
     Defense,
     ImageBatch,
@@ -39,7 +40,6 @@ from tapt.defenses.base import (
     State,
     Trace,
     images_per_pass,
-    kept_of,
     register,
 )
 from tapt.defenses.changes import augmix, slight_change
@@ -96,6 +96,7 @@ class TextPrompts(PreparedDefense):
     the tuned context are held constant, or in the surrogate follow smoothly.
     """
 
+    uses_prompts = False
     randomised = True
     weighs_views = True
 
@@ -104,14 +105,7 @@ class TextPrompts(PreparedDefense):
         self.surrogate = "smooth step" if settings.steps else None
         self.texts = class_texts(clip.backbone, clip.classes, CONTEXT)
         self.start = start_context(clip.backbone)
-
-    @property
-    def undefended(self) -> Classifier:
-        return self.clip.vanilla
-
-    @cached_property
-    def images_per_pass(self) -> int:  # type: ignore[override]
-        return images_per_pass(self.clip.backbone, self.attacked_views, self.texts)
+        self.images_per_pass = images_per_pass(clip.backbone, self.attacked_views, self.texts)
 
     @property
     def attacked_views(self) -> int:
@@ -154,9 +148,7 @@ class TextPrompts(PreparedDefense):
         raise NotImplementedError
 
     @torch.no_grad()
-    def freeze(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> State:
+    def freeze(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> State:
         """The text features."""
         return {"text features": self._tuned(batch, self._look(batch, on_progress))[0]}
 
@@ -176,9 +168,7 @@ class TextPrompts(PreparedDefense):
         return self._answer(look, self._tuned(batch, look, smooth=True)[0])
 
     @torch.no_grad()
-    def predict(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Prediction:
+    def predict(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Prediction:
         look = self._look(batch, on_progress)
         text, steps = self._tuned(batch, look)
         logits, total = self._answer(look, text), len(batch) * (self.settings.views + 1)
@@ -188,7 +178,7 @@ class TextPrompts(PreparedDefense):
         trace = {"entropies": look.entropies, "kept": look.kept, "weights": look.plan.weights}
         return Prediction(logits.softmax(-1).cpu(), {**trace, **look.plan.trace, **losses})
 
-    def _look(self, batch: ImageBatch, on_progress: Progress = lambda done, total: None) -> Look:
+    def _look(self, batch: ImageBatch, on_progress: Progress = quiet) -> Look:
         """All that comes before the step; with gradients where they are enabled."""
         backbone, views = self.clip.backbone, self.views(batch)
         advance = counted(on_progress, len(batch) * (self.settings.views + 1))
@@ -215,7 +205,7 @@ class TextPrompts(PreparedDefense):
 
 
 class Tpt(TextPrompts):
-    """Lowers the entropy of the kept views' mean; answers to the image itself."""
+    """TPT (arXiv 2209.07511): lowers the entropy of the kept views' mean; the image answers."""
 
     settings: TptSettings
     weighs_views = False
@@ -225,7 +215,8 @@ class Tpt(TextPrompts):
 
 
 class Rtpt(TextPrompts):
-    """Lowers each kept view's entropy; every view answers, those with near neighbours most."""
+    """R-TPT (arXiv 2504.11195): lowers each kept view's entropy; every view answers, those with
+    near neighbours most."""
 
     settings: RtptSettings
 
@@ -236,8 +227,8 @@ class Rtpt(TextPrompts):
 
 
 class Sstpt(TextPrompts):
-    """Lowers each kept view's entropy and their disagreement; every view answers, those most that
-    lie near the others and that a slight change does not move."""
+    """SS-TPT (arXiv 2606.06943): lowers each kept view's entropy and their disagreement; every view
+    answers, those most that lie near the others and that a slight change does not move."""
 
     settings: SstptSettings
 
@@ -274,42 +265,33 @@ class Sstpt(TextPrompts):
         )
 
 
-register(
-    Defense(
-        "tpt",
-        "TPT",
-        "text context tuned for this one picture, entropy of the mean",
-        Tpt,
-        TptSettings,
-        uses_prompts=False,
-        paper="arXiv 2209.07511",
-        by_default=False,
-        search={"lr": (0.005, 0.05, 0.5), "keep": (0.1, 0.3)},
-    )
+def _register(
+    name: str,
+    title: str,
+    how: str,
+    prepare: type[TextPrompts],
+    settings: type[Settings],
+    **search: Any,
+) -> None:
+    about = f"text context tuned for this one picture, {how}"
+    search = {"lr": (0.005, 0.05, 0.5), **search}
+    register(Defense(name, title, about, prepare, settings, by_default=False, search=search))
+
+
+_register("tpt", "TPT", "entropy of the mean", Tpt, TptSettings, keep=(0.1, 0.3))
+_register(
+    "rtpt",
+    "R-TPT",
+    "views weighted by their neighbours",
+    Rtpt,
+    RtptSettings,
+    temperature=(0.01, 0.03, 0.1),
 )
-register(
-    Defense(
-        "rtpt",
-        "R-TPT",
-        "text context tuned for this one picture, views weighted by their neighbours",
-        Rtpt,
-        RtptSettings,
-        uses_prompts=False,
-        paper="arXiv 2504.11195",
-        by_default=False,
-        search={"lr": (0.005, 0.05, 0.5), "temperature": (0.01, 0.03, 0.1)},
-    )
-)
-register(
-    Defense(
-        "sstpt",
-        "SS-TPT",
-        "text context tuned for this one picture, views weighted by stability and suitability",
-        Sstpt,
-        SstptSettings,
-        uses_prompts=False,
-        paper="arXiv 2606.06943",
-        by_default=False,
-        search={"lr": (0.005, 0.05, 0.5), "temperature": (0.1, 0.25, 1.0)},
-    )
+_register(
+    "sstpt",
+    "SS-TPT",
+    "views weighted by stability and suitability",
+    Sstpt,
+    SstptSettings,
+    temperature=(0.1, 0.25, 1.0),
 )

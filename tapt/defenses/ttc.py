@@ -22,10 +22,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import softsign
 
 from tapt.core.backbone import Backbone
-from tapt.core.clip import Classifier
+from tapt.core.clip import PromptedClip
+from tapt.core.progress import Progress, counted, quiet
 from tapt.core.settings import Settings
 from tapt.core.towers import encode_image
-from tapt.core.tuning import Progress, counted
 from tapt.defenses.base import (
     Defense,
     ImageBatch,
@@ -148,20 +148,15 @@ class Ttc(PreparedDefense):
     """
 
     settings: TtcSettings
+    uses_prompts = False
     randomised = True
     surrogate = "soft sign"
 
-    @property
-    def undefended(self) -> Classifier:
-        return self.clip.vanilla
+    def __init__(self, clip: PromptedClip, settings: TtcSettings) -> None:
+        super().__init__(clip, settings)
+        self.images_per_pass = images_per_pass(clip.backbone, 1)
 
-    @property
-    def images_per_pass(self) -> int:  # type: ignore[override]
-        return images_per_pass(self.clip.backbone, 1)
-
-    def freeze(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> State:
+    def freeze(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> State:
         """The counter-perturbation."""
         return {"delta": self._found(batch, on_progress).delta}
 
@@ -172,9 +167,7 @@ class Ttc(PreparedDefense):
         return self.undefended(batch.images + self._found(batch, soft=True).delta)
 
     @torch.no_grad()
-    def predict(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Prediction:
+    def predict(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Prediction:
         found = self._found(batch, on_progress)
         logits = self.undefended(batch.images + found.delta)
         trace: dict[str, Tensor] = {
@@ -190,7 +183,7 @@ class Ttc(PreparedDefense):
     def _found(
         self,
         batch: ImageBatch,
-        on_progress: Progress = lambda done, total: None,
+        on_progress: Progress = quiet,
         *,
         soft: bool = False,
     ) -> Counterattack:
@@ -215,8 +208,6 @@ register(
         "a counter-attack on the pixels, no prompts",
         Ttc,
         TtcSettings,
-        uses_prompts=False,
-        paper="arXiv 2503.03613",
         by_default=False,
         search={"epsilon": (2 / 255, 4 / 255, 8 / 255), "tau_threshold": (0.1, 0.2, 0.5)},
     )

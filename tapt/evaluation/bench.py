@@ -31,9 +31,10 @@ from tapt.core.backbone import Backbone
 from tapt.core.clip import PromptedClip
 from tapt.core.errors import InputError, TaptError
 from tapt.core.losses import Statistics, TokenStatistics
+from tapt.core.progress import Clock, quiet
 from tapt.core.prompts import PromptConfig, init_prompts
 from tapt.core.settings import Settings
-from tapt.core.tuning import Clock, TuneConfig, views_per_pass
+from tapt.core.tuning import TuneConfig, Views, views_per_pass
 from tapt.core.views import generators
 from tapt.defenses import ImageBatch, find_defenses
 from tapt.defenses.context import TptSettings, marginal_entropy, tune_context
@@ -60,7 +61,7 @@ class Job(Settings):
     backbone: str = Field("random:ViT-B-16", description="whose size counts")
     design: Literal["V", "VLI", "VLJ"] = "VLI"
     classes: int = Field(100, ge=2, le=1000, description="how many")
-    views: int = Field(64, ge=1, le=1024, description="the image and random crops of it")
+    views: Views = 64
     selection: Selection = Field(
         "float32",
         description="in which views are selected, except on the straightforward path",
@@ -264,10 +265,6 @@ def plain_tpt(tpt: Tpt, batch: ImageBatch) -> None:
         features = normalize(torch.cat([backbone.model.encode_image(part) for part in parts]))
     kept = features[None, : tpt.kept_count]
     tune_context(backbone, tpt.texts, kept, marginal_entropy, tpt.settings, start=tpt.start)
-
-
-def quiet(done: int, total: int) -> None:
-    """Reports no progress."""
 
 
 class Memory:

@@ -20,9 +20,9 @@ from tapt.core.views import image_seeds
 from tapt.data import LabelledImages
 from tapt.defenses import ImageBatch, PreparedDefense
 from tapt.defenses.adaptive import Adaptive
-from tapt.defenses.deployed import ask
+from tapt.defenses.deployed import ask, attack_batch
 from tapt.evaluation.outcomes import CONDITION, Key, Outcome
-from tapt.model import Model, attack_batch, timed
+from tapt.model import Model, timed
 
 AGREEMENT_IMAGES = 500
 DEPLOYED = "deployed"

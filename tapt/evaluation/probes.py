@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tapt.core.clip import PromptedClip
 from tapt.core.losses import log_mean_probability
-from tapt.core.tuning import Progress
+from tapt.core.progress import Progress, quiet
 from tapt.defenses import ImageBatch, PreparedDefense
 from tapt.defenses.base import State
 from tapt.defenses.features import encode_unit, similarity
@@ -26,9 +26,7 @@ class Masked(PreparedDefense):
         text = self.clip.vanilla.text_features
         return similarity(self.clip.backbone, features[:, None], text)[:, 0]
 
-    def logits(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Tensor:
+    def logits(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Tensor:
         features, added = self.rounding(batch.images)
         return self.answer(features + added)
 
@@ -37,9 +35,7 @@ class Unmasked(Masked):
     """The same, as an attacker who knows it treats it: what rounding adds is held constant."""
 
     @torch.no_grad()
-    def freeze(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> State:
+    def freeze(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> State:
         return {"added": self.rounding(batch.images)[1]}
 
     def frozen_logits(self, batch: ImageBatch, state: State) -> Tensor:
@@ -55,9 +51,7 @@ class NoDefense(PreparedDefense):
         super().__init__(clip, settings)
         self.seeds: set[int] = set()
 
-    def logits(
-        self, batch: ImageBatch, *, on_progress: Progress = lambda done, total: None
-    ) -> Tensor:
+    def logits(self, batch: ImageBatch, *, on_progress: Progress = quiet) -> Tensor:
         self.seeds.update(batch.seeds)
         noise = [torch.randn(batch.images.shape[1:], generator=g) for g in batch.generators("no")]
         noisy = batch.images + 0 * torch.stack(noise).to(batch.images)

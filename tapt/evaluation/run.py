@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
@@ -21,6 +21,7 @@ import torch
 from tapt.comparison import versions
 from tapt.core.attacks import Attack
 from tapt.core.errors import InputError
+from tapt.core.progress import Progress, quiet
 from tapt.data import LabelledImages, digest, load_data
 from tapt.defenses import all_defenses, find_defenses
 from tapt.defenses.adaptive import Adaptive
@@ -39,7 +40,6 @@ from tapt.packs.rows import text_table
 from tapt.processes import start_processes
 
 Source = LabelledImages | str | os.PathLike[str]
-Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def evaluate(
     score_draws: int = 20,
     batch_size: int | None = None,
     selection: Selection = "float32",
-    progress: Progress = lambda done, total: None,
+    progress: Progress = quiet,
 ) -> Results:
     """Attacks every image of one or several data sets and asks every defence.
 

@@ -12,7 +12,8 @@ from tapt.comparison import UNTRAINED, attack_title, versions
 from tapt.core.attacks import Attack
 from tapt.core.errors import InputError
 from tapt.defenses import find_defenses
-from tapt.model import Model, Picture, Progress, Task, in_thread, timed
+from tapt.model import Model, Picture, Task, timed
+from tapt.running import Progress, in_thread
 
 EPSILONS = tuple(range(9))
 VARIES = ("epsilon", "epsilon_255", "step_size")

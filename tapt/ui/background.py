@@ -18,7 +18,8 @@ from typing import Any, TypeVar
 from tapt.comparison import Comparison
 from tapt.core.errors import InputError
 from tapt.evaluation.sweep import Sweep, sweep_steps
-from tapt.model import Model, Progress, in_thread
+from tapt.model import Model
+from tapt.running import Progress, in_thread
 from tapt.ui import on_gpu
 from tapt.ui.inputs import Request, in_words, read_request, refusal
 from tapt.ui.service import Service
