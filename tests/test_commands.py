@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import folder_files, write_noise
-from loopback import LoopbackHub
+from conftest import write_noise
 from PIL import Image
 
 from tapt.__main__ import COMMANDS, main
@@ -255,21 +254,6 @@ def test_from_training_to_a_prediction(
     assert "--limit must be at least 2, got 1" in error_of(capsys)
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ("--epsilon 0", "epsilon must be a number from 1/255 to 1"),
-        ("--depth 9", "visual_depth must be at most 3"),
-        ("--optimizer adam", "invalid choice: 'adam'"),
-    ],
-)
-def test_train_says_what_is_wrong(options, sentence, data, toy_options, tmp_path, capsys):
-    command = ["train", "--data", str(data), *toy_options, "--out", str(tmp_path / "out")]
-    assert main([*command, *options.split()]) == 2
-    assert sentence in error_of(capsys)
-    assert not (tmp_path / "out").exists()
-
-
 def test_push_says_where_the_pack_is(monkeypatch: pytest.MonkeyPatch, capsys):
     given: dict[str, object] = {}
 
@@ -286,16 +270,6 @@ def test_push_says_where_the_pack_is(monkeypatch: pytest.MonkeyPatch, capsys):
         "The repo is private. Load it with",
         "  tapt demo --pack owner/repo@v1",
     ]
-
-
-def test_a_download_shows_where_it_comes_from(
-    hub: LoopbackHub, toy_folder: Path, predict: Predict, capsys
-):
-    hub.commit("owner/clip", folder_files(toy_folder))
-    assert predict("--backbone hf-hub:owner/clip") == 0
-    error = capsys.readouterr().err
-    assert "Download: 100%" in error
-    assert "Backbone owner/clip at commit" in error
 
 
 def test_convert_says_what_is_wrong(toy_folder: Path, tmp_path: Path, capsys):
