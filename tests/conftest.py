@@ -35,6 +35,7 @@ from tapt.core.clip import PromptedClip
 from tapt.core.errors import HubError, PackError
 from tapt.core.losses import Statistics, TokenStatistics
 from tapt.core.prompts import PromptConfig, init_prompts
+from tapt.data import LabelledImages
 from tapt.defenses import Defense, PreparedDefense, base, find_defenses, register
 from tapt.model import Model
 from tapt.packs.backbones import load_backbone
@@ -196,6 +197,17 @@ def write_noise(
             pixels = random.randint(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     return folder
+
+
+def counted(data: LabelledImages) -> tuple[LabelledImages, list[int]]:
+    """The same images, and a list of those that were opened."""
+    opened: list[int] = []
+
+    def read(i: int) -> Image.Image:
+        opened.append(i)
+        return data.read(i)
+
+    return LabelledImages(data.classes, data.labels, read, data.content), opened
 
 
 @pytest.fixture
