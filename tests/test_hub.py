@@ -236,24 +236,10 @@ def test_packs_of_the_hub_that_fit(hub, hub_clip, files, published):
         hub_packs(hub_clip)
 
 
-def test_the_pages_service(hub, hub_clip, files, published):
-    service = Service(None, REPO, "cpu", allow_packs="any")
-    first = service.first
-    assert first.pack.name == REPO
-    assert service.hub_packs(first.backbone.name) == [REPO]
-    hub.commit("owner/next", changed(files))
-    told = []
-    other = service.model(pack="owner/next", progress=lambda *progress: told.append(progress))
-    assert other.backbone.model is first.backbone.model
-    assert other.pack.name == "owner/next"
-    assert told[-1][0] == told[-1][1] == other.pack.origin.size
-    with pytest.raises(HubError, match="no model repo owner/none"):
-        service.model(pack="owner/none")
-
-
 def test_nobody_waits_for_another_visitors_pack(hub, hub_clip, files, published):
     service = Service("hf-hub:owner/clip", None, "cpu", allow_packs="any")
     loaded = service.model(pack=REPO)
+    assert loaded.backbone.model is service.first.backbone.model
     hub.commit("owner/slow", changed(files))
     hub.commit("owner/other", changed(files))
     hub.fail(f"GET /owner/slow/.*{STATISTICS}", "stall", seconds=6)
