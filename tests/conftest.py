@@ -28,16 +28,19 @@ import torch
 from example_defense import FLIPS
 from loopback import LoopbackHub
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load, save, save_file
 
 from tapt.core.backbone import Backbone
 from tapt.core.clip import PromptedClip
+from tapt.core.errors import HubError, PackError
 from tapt.core.losses import Statistics, TokenStatistics
 from tapt.core.prompts import PromptConfig, init_prompts
-from tapt.defenses import Defense, base, register
+from tapt.data import LabelledImages
+from tapt.defenses import Defense, PreparedDefense, base, find_defenses, register
 from tapt.model import Model
 from tapt.packs.backbones import load_backbone
-from tapt.packs.format import Pack, base_model
+from tapt.packs.card import write_pack
+from tapt.packs.format import PROMPTS, Pack, base_model, load_pack
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
@@ -56,6 +59,25 @@ CHROMIUM_FLAGS = [
 ]
 TIMEOUT = 120_000  # ms; only a busy computer needs it
 TOY_CLASSES = ["cat", "dog", "sports car"]
+REPO = "owner/pack"
+TWO_PROCESSES = (
+    "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 "
+    "--mixed_precision no --dynamo_backend no --main_process_port 0"
+)
+
+
+def python(*arguments: str, folder: Path = ROOT, **environment: str) -> str:
+    """What a fresh interpreter prints."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=folder,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done.stdout
 
 
 def write_backbone(folder: Path, model_cfg: dict, weights: dict[str, torch.Tensor]) -> Path:
@@ -128,12 +150,30 @@ def toy_clip(backbone: Backbone, design: str = "VLI", **options: object) -> Prom
     return PromptedClip(backbone, prompts, statistics, tuple(TOY_CLASSES), **options)
 
 
-def toy_model(backbone: Backbone, design: str = "VLI", **changes: object) -> Model:
-    """The toy with made-up prompts and statistics; few views. changes: of the pack."""
+def make_pack(backbone: Backbone, design: str = "VLI", **changes: object) -> Pack:
+    """Made-up prompts and statistics; few views."""
     clip, views = toy_clip(backbone, design), {"views": 6, "keep": 0.34}
     test_time = {"tapt": {**views, "lr": 0.02}, "ensemble": views}
     pack = Pack(clip.prompts, clip.statistics, test_time, "toy", base_model(backbone))
-    return Model(backbone, replace(pack, **changes))
+    return replace(pack, **changes)
+
+
+def toy_model(backbone: Backbone, design: str = "VLI", **changes: object) -> Model:
+    """The toy with that pack. changes: of the pack."""
+    return Model(backbone, make_pack(backbone, design, **changes))
+
+
+def prepared(clip: PromptedClip, name: str, **settings: object) -> PreparedDefense:
+    """A defence with few views, whatever else it has."""
+    (defense,) = find_defenses([name])
+    fields = defense.settings.model_fields
+    few = {k: v for k, v in {"views": 8, "keep": 0.25, "lr": 0.02}.items() if k in fields}
+    return defense.prepare(clip, defense.settings(**{**few, **settings}))
+
+
+def random_pixels(count: int, side: int = 32) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, generator=generator)
 
 
 @pytest.fixture(scope="session")
@@ -157,6 +197,17 @@ def write_noise(
             pixels = random.randint(0, 256, (32, 32, 3), dtype=np.uint8)
             Image.fromarray(pixels).save(folder / name / f"{i}.png")
     return folder
+
+
+def counted(data: LabelledImages) -> tuple[LabelledImages, list[int]]:
+    """The same images, and a list of those that were opened."""
+    opened: list[int] = []
+
+    def read(i: int) -> Image.Image:
+        opened.append(i)
+        return data.read(i)
+
+    return LabelledImages(data.classes, data.labels, read, data.content), opened
 
 
 @pytest.fixture
@@ -186,6 +237,44 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[LoopbackHub
 
 def folder_files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def hub_clip(hub: LoopbackHub, toy: Backbone, toy_folder: Path) -> Backbone:
+    """The toy as `hf-hub:owner/clip`."""
+    commit, name = hub.commit("owner/clip", folder_files(toy_folder)), "hf-hub:owner/clip"
+    return replace(toy, name=name, source=name, revision=commit)
+
+
+@pytest.fixture
+def files(hub_clip: Backbone, tmp_path: Path) -> dict[str, bytes]:
+    """A pack for it."""
+    write_pack(make_pack(hub_clip), tmp_path / "pack")
+    return folder_files(tmp_path / "pack")
+
+
+@pytest.fixture
+def published(hub: LoopbackHub, files: dict[str, bytes]) -> str:
+    """The commit of the pack on the Hub; nobody has asked for it yet."""
+    commit = hub.commit(REPO, files)
+    hub.requests.clear()
+    return commit
+
+
+def changed(files: dict[str, bytes]) -> dict[str, bytes]:
+    """Other prompts for the same backbone."""
+    tensors = load(files[PROMPTS])
+    return {**files, PROMPTS: save({k: v + 1 for k, v in tensors.items()})}
+
+
+def refused_pack(clip: Backbone, source: str = REPO, **options: object) -> str:
+    """Why a pack is not loaded; the sentence shows no path and no address."""
+    with pytest.raises((HubError, PackError)) as error:
+        load_pack(source, clip, **options)
+    message = str(error.value)
+    assert "/cache" not in message
+    assert "http" not in message
+    return message
 
 
 def reference_weights(entries: list[dict]) -> dict[str, torch.Tensor]:
@@ -227,8 +316,10 @@ def reference_backbone(folder: Path, spec: dict) -> Backbone:
 
 
 @contextmanager
-def serving(folder: Path, *options: str, **settings: str) -> Iterator[str]:
-    """app.py in a process of its own; yields its address.
+def serving(
+    folder: Path, *options: str, program: Sequence[str | Path] = (ROOT / "app.py",), **settings: str
+) -> Iterator[str]:
+    """The page in a process of its own; yields its address.
 
     folder: where it works, empty, so that nothing depends on where the command is run.
     settings: environment variables.
@@ -239,7 +330,7 @@ def serving(folder: Path, *options: str, **settings: str) -> Iterator[str]:
     own = {"GRADIO_TEMP_DIR": str(folder / "uploads"), **settings}
     with open(folder / "log.txt", "w+") as log:
         process = subprocess.Popen(
-            [sys.executable, ROOT / "app.py", "--port", str(port), "--device", "cpu", *options],
+            [sys.executable, *program, "--port", str(port), "--device", "cpu", *options],
             cwd=folder,
             env={**os.environ, **own},
             stdout=log,

@@ -64,18 +64,17 @@ def margins(classifier: Classifier, pixels: Tensor, labels: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("epsilon", [1, 4.9, 16])
 @pytest.mark.parametrize("step_size", [None, 0.5], ids=["default-step", "huge-step"])
-def test_the_attacked_image_fills_the_ball_and_stays_inside(
-    classifier, pixels, labels, epsilon: float, step_size: float | None
-):
+def test_the_attacked_image_fills_its_ball(classifier, pixels, labels, epsilon, step_size):
     config = ATTACK.updated(epsilon=epsilon / 255, step_size=step_size)
     attacked = attack_images(classifier, pixels, labels, config)
     assert linf_255(attacked, pixels).tolist() == [int(epsilon)] * 4
 
 
-def test_linf_counts_both_directions():
-    one, other = torch.zeros(2, 3, 2, 2, dtype=torch.uint8), torch.zeros(2, 3, 2, 2).byte()
-    one[0, 1, 0, 0], other[1, 2, 1, 1] = 255, 7
-    assert linf_255(one, other).tolist() == linf_255(other, one).tolist() == [255, 7]
+def test_sizes_by_hand():
+    one, other = (torch.zeros(2, 3, 2, 2, dtype=torch.uint8) for _ in range(2))
+    one[0, 1, 0, 0], other[1, 2, 1, 1], other[1, 0, 0, 0] = 255, 51, 51
+    assert linf_255(one, other).tolist() == linf_255(other, one).tolist() == [255, 51]
+    assert l2_norm(one, other).tolist() == pytest.approx([1, 0.08**0.5])
 
 
 def test_epsilon_is_rounded_down_to_whole_steps():
@@ -107,16 +106,6 @@ def test_it_is_projected_gradient_ascent(classifier, pixels, labels):
     expected = (current * 255).round().to(torch.uint8)
     attacked = attack_images(classifier, pixels, labels, config)
     assert float((attacked == expected).float().mean()) > 0.999  # a gradient may be about 0
-
-
-def test_stronger_attacks_do_more(classifier, pixels, labels):
-    def after(epsilon: int, steps: int) -> Tensor:
-        attack = Attack(epsilon=epsilon / 255, steps=steps)
-        return margins(classifier, attack_images(classifier, pixels, labels, attack), labels)
-
-    assert (after(8, 10) < after(1, 10)).all()
-    assert after(8, 10).mean() < after(8, 1).mean()
-    assert (after(32, 20) < 0).all()
 
 
 def test_other_types_than_float32_are_refused(toy_folder: Path, pixels, labels):
@@ -226,16 +215,13 @@ def test_every_attack_counts_up_and_stops_at_once(attack, classifier, pixels, la
 
 
 @pytest.mark.parametrize("count", [2, 10])
-def test_autoattack_works_with_few_classes_and_beats_pgd(toy: Backbone, pixels: Tensor, count: int):
+def test_autoattack_works_with_few_classes(toy: Backbone, pixels: Tensor, count: int):
     names = [f"class {i}" for i in range(count)]
     classifier = FixedClassifier(toy, class_texts(toy, names).fixed)
     labels = classifier(to_float(pixels)).argmax(-1)
-    fooled = {}
-    for name in ("pgd", "autoattack"):
-        attacked = attack_images(classifier, pixels, labels, Attack(name, 3 / 255, 3))
-        fooled[name] = margins(classifier, attacked, labels) < 0
-        assert linf_255(attacked, pixels).max() <= 3
-    assert fooled["autoattack"].sum() >= fooled["pgd"].sum()
+    attacked = attack_images(classifier, pixels, labels, Attack("autoattack", 3 / 255, 3))
+    assert (margins(classifier, attacked, labels) < margins(classifier, pixels, labels)).all()
+    assert linf_255(attacked, pixels).max() <= 3
 
 
 def test_autoattack_never_returns_the_clean_image(toy: Backbone, pixels: Tensor):
@@ -281,12 +267,12 @@ def test_autoattack_returns_the_candidate_of_the_lowest_margin(toy: Backbone, mo
 
 def test_autoattack_has_full_budgets(classifier, monkeypatch):
     """torchattacks' own AutoAttack stops after 10 steps, whatever it is told."""
-    built: list[tuple[str, int, int | None]] = []
+    built: list[tuple[str, int]] = []
     for name in ("APGD", "APGDT", "FAB"):
         original = getattr(algorithms.torchattacks, name)
 
         def spy(model, *args, name=name, original=original, **options):
-            built.append((name, options["steps"], None))
+            built.append((name, options["steps"]))
             return original(model, *args, **options)
 
         monkeypatch.setattr(algorithms.torchattacks, name, spy)
@@ -295,14 +281,14 @@ def test_autoattack_has_full_budgets(classifier, monkeypatch):
         model.classes = classes
         stages = AutoAttack(model, **Attack("autoattack").options).stages()
         made = [build(model) for build in stages]
-        assert [name for name, *_ in built] == ["APGD"] + ["APGDT"] * 9 + ["FAB"] * 9
-        assert {steps for _, steps, _ in built} == {100}
+        assert [name for name, _ in built] == ["APGD"] + ["APGDT"] * 9 + ["FAB"] * 9
+        assert {steps for _, steps in built} == {100}
         assert made[-1].steps == 5000
         built.clear()
     model.randomised = True
     for build in AutoAttack(model, **Attack("autoattack").options).stages():
         build(model)
-    assert [name for name, *_ in built] == ["APGD", "APGD"]
+    assert [name for name, _ in built] == ["APGD", "APGD"]
 
 
 def test_cw_reports_its_own_size(classifier, pixels, labels):
@@ -319,12 +305,6 @@ def test_cw_reports_its_own_size(classifier, pixels, labels):
     labels = classifier(to_float(white)).argmax(-1)
     attacked = attack_images(classifier, white, labels, attack)
     assert (margins(classifier, attacked, labels) < 0).all()
-
-
-def test_l2_by_hand():
-    one, other = (torch.zeros(1, 3, 2, 2, dtype=torch.uint8) for _ in range(2))
-    one[0, 0, 0, 0], other[0, 1, 0, 0] = 255, 51
-    assert l2_norm(one, other).tolist() == pytest.approx([(1 + 0.04) ** 0.5])
 
 
 def test_square_asks_for_answers_only(classifier, pixels, labels):
@@ -363,13 +343,8 @@ def test_a_vanished_gradient_leaves_the_image(toy: Backbone, pixels: Tensor):
 def test_every_row_explains_itself():
     assert list_attacks() == list(METHODS)
     for name, method in METHODS.items():
-        attack = Attack(name)
-        assert attack.budget_steps == method.steps
-        assert attack.budget.startswith(str(method.steps))
-        assert "\n" not in method.about
+        assert Attack(name).budget.startswith(str(method.steps))
         assert method.about.endswith(".")
-    assert {name for name, row in METHODS.items() if row.norm == "L2"} == {"cw"}
-    assert {name for name, row in METHODS.items() if not row.gradients} == {"square"}
     assert Attack("square").budget == "500 queries"
     assert Attack("autoattack", steps=10).budget == "10 steps each, 500 queries"
     used = Attack("pgd", 4.5 / 255, 10).to_dict()

@@ -64,15 +64,8 @@ def test_a_folder_loads_frozen_and_in_eval_mode(toy: Backbone, toy_folder: Path)
     assert toy.source == toy.name == f"local-dir:{toy_folder}"
     assert (toy.revision, toy.sha256) == (None, file_sha256(toy_folder / WEIGHTS_FILE))
     assert (toy.device.type, toy.dtype) == ("cpu", torch.float32)
-    assert toy.architecture == {
-        "image_size": 32,
-        "image_tokens": 17,
-        "visual_width": 64,
-        "visual_blocks": 3,
-        "text_width": 32,
-        "text_blocks": 3,
-        "context_length": 24,
-    }
+    visual = {"image_size": 32, "image_tokens": 17, "visual_width": 64, "visual_blocks": 3}
+    assert toy.architecture == {**visual, "text_width": 32, "text_blocks": 3, "context_length": 24}
     for name, tensor in load_file(toy_folder / WEIGHTS_FILE).items():
         assert torch.equal(toy.model.state_dict()[name], tensor), name
     exact = load_folder(toy_folder, dtype=torch.float64)
@@ -121,11 +114,7 @@ CONFIGS = [
     ("text_cfg", {"context_length": 10**6}, "far larger than they"),
     ("text_cfg", {"vocab_size": 10**12}, "do not fit its architecture"),
     ("text_cfg", {"vocab_size": 100}, "vocab_size must be a whole number of at least 49408"),
-    (
-        "text_cfg",
-        {"tokenizer_kwargs": {"bpe_path": "../x.gz"}},
-        "bpe_path is unknown",
-    ),
+    ("text_cfg", {"tokenizer_kwargs": {"bpe_path": "../x.gz"}}, "bpe_path is unknown"),
     ("preprocess_cfg", {"mean": [0.5]}, "mean must be three numbers from -10 to 10"),
     ("preprocess_cfg", {"mean": "abc"}, "mean must be three numbers from -10 to 10"),
     ("preprocess_cfg", {"std": [1, 1, 0]}, "std must be three numbers above 0"),
@@ -134,9 +123,7 @@ CONFIGS = [
 
 
 @pytest.mark.parametrize(("part", "change", "sentence"), CONFIGS)
-def test_a_config_that_does_not_fit_is_refused_before_anything_is_built(
-    copy: Path, part: str, change: dict, sentence: str
-):
+def test_a_config_that_does_not_fit_is_refused_before_the_build(copy, part, change, sentence):
     reconfigure(copy, part, **change)
     old = resource.getrlimit(resource.RLIMIT_AS)
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
@@ -174,9 +161,7 @@ def test_unknown_names_get_the_choices(name: str):
         ("random:roberta-ViT-B-32", {}, "text tower of .* is transformers' roberta-base"),
     ],
 )
-def test_what_cannot_be_loaded_is_refused_before_anything_is_fetched_or_built(
-    name: str, options: dict, sentence: str, monkeypatch: pytest.MonkeyPatch
-):
+def test_what_cannot_be_loaded_is_refused_before_a_fetch(name, options, sentence, monkeypatch):
     monkeypatch.setattr(backbones, "snapshot", lambda *_: pytest.fail("fetched"))
     monkeypatch.setattr(open_clip, "create_model", lambda *_: pytest.fail("built"))
     with pytest.raises(BackboneError, match=sentence):
@@ -201,9 +186,7 @@ def test_random_weights_are_the_same_every_time_and_leave_the_global_state():
     ("name", "quick"),
     [*((n, True) for n in OPENAI_NAMES), ("ViT-B-32:laion2b_s34b_b79k", False)],
 )
-def test_openais_weights_run_with_quick_gelu(
-    name: str, quick: bool, toy_folder: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_openais_weights_run_with_quick_gelu(name, quick, toy_folder, monkeypatch):
     asked = []
 
     def snapshot(where: HubId, files: dict[str, int], **_: object) -> Snapshot:

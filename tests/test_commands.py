@@ -8,8 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import folder_files, write_noise
-from loopback import LoopbackHub
+from conftest import write_noise
 from PIL import Image
 
 from tapt.__main__ import COMMANDS, main
@@ -106,20 +105,14 @@ def test_saved_attack_keeps_its_effect(predict: Predict, tmp_path: Path, toy_opt
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ("--attack pgd --epsilon 0", "epsilon must be a number from 1/255 to 1, got 0"),
         ("--epsilon 4/x", "epsilon must be a number from 1/255 to 1, got '4/x'"),
         ("--attack pgd --steps many", "steps must be a whole number from 1 to 10000, got 'many'"),
         ("--attack bite", "invalid choice: 'bite'"),
-        ("--pool 0", "pool must be a whole number from 1 to 64, got 0"),
         (f"--seed {10**30}", "seed must be a whole number from 0 to 2147483647, got 1000"),
         ("--tune-steps 101", "steps must be a whole number from 0 to 100, got 101"),
         ("--set tapt.views=0", "views must be a whole number from 1 to 1024, got 0"),
         ("--set tapt.sights=3", "--set takes DEFENCE.NAME=VALUE of ensemble.views"),
-        ("--defenses moat", "'moat' is unknown; choose from clip, static, ensemble, tapt"),
-        ("--label bus", "'bus' is not one of the class names"),
-        ("--pack nowhere", "There is no pack 'nowhere'"),
         ("--classes cat", "at least two class names"),
-        ("--device meta", "no device 'meta'"),
         ("--device=", "--device: must not be empty"),
         ("--backbone tiny --revision v1", "has no revision 'v1'"),
         ("--frames 3", "unrecognized arguments: --frames"),
@@ -134,26 +127,19 @@ def test_predict_says_what_is_wrong(options: str, sentence: str, predict: Predic
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"),
-    [
-        ("x.jpg", "end its name in .png"),
-        ("folder.png", "it is a folder"),
-        ("file/x.png", "a part of its path is a file"),
-    ],
+    ("name", "sentence"), [("x.jpg", "end its name in .png"), ("folder.png", "it is a folder")]
 )
-@pytest.mark.parametrize("command", ["predict", "sweep"])
+@pytest.mark.parametrize(("command", "option"), [("predict", "--save"), ("sweep", "--out")])
 def test_picture_outputs_are_checked_before_the_work(
-    command: str, name: str, sentence: str, data: Path, tmp_path: Path, monkeypatch, capsys
+    command, option, name, sentence, data, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     Path("folder.png").mkdir()
-    Path("file").touch()
-    option = {"predict": "--save", "sweep": "--out"}[command]
     picture = str(data / "cat" / "0.png")
     arguments = [command, picture, "--classes", "a,b", "--attack", "pgd", f"{option}={name}"]
     assert main([*arguments, "--pack", "not read"]) == 2
     assert sentence in error_of(capsys)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.png"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder.png"]
 
 
 def test_a_full_disk_is_a_sentence(predict: Predict, tmp_path: Path, monkeypatch, capsys):
@@ -211,29 +197,22 @@ def test_evaluate(data: Path, toy_options: list[str], tmp_path: Path, capsys):
     [
         ("--attack bite", "attack must be one of pgd, "),
         ("--attack=", "--attack: must not be empty"),
-        ("--attacked square", "Attacked model 'square' is unknown; choose from clip, static, dep"),
         ("--rescore x", "--rescore: must be a whole number of at least 1"),
         ("--record", "--record needs --pack"),
-        ("--out file/x", "a part of its path is a file"),
-        ("--out file", "'file' cannot be written"),
+        ("--out file", "file' cannot be written"),
     ],
 )
-def test_evaluate_says_what_is_wrong(
-    options: str, sentence: str, data: Path, toy_options, tmp_path: Path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    Path("file").touch()
+def test_evaluate_says_what_is_wrong(options, sentence, data, toy_options, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    options = options.replace("file", str(tmp_path / "file"))
     assert evaluate(data, tmp_path / "out", toy_options, options) == 2
     assert sentence in error_of(capsys)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
-def test_from_training_to_a_prediction(
-    data: Path, toy_options: list[str], tmp_path: Path, predict: Predict, capsys
-):
-    command = ["train", "--data", str(data), *toy_options]
+def test_from_training_to_a_prediction(data, toy_options, tmp_path, predict: Predict, capsys):
     options = "--depth 2 --shots 0 --epochs 1 --batch-size 4 --epsilon 4/255"
-    command += options.split()
+    command = ["train", "--data", str(data), *toy_options, *options.split()]
     parts = {"adversarial": "0.5", "clean": "1.0"}
     for name, share in parts.items():
         assert main([*command, "--clean-share", share, "--out", str(tmp_path / name)]) == 0
@@ -255,21 +234,6 @@ def test_from_training_to_a_prediction(
     assert "--limit must be at least 2, got 1" in error_of(capsys)
 
 
-@pytest.mark.parametrize(
-    ("options", "sentence"),
-    [
-        ("--epsilon 0", "epsilon must be a number from 1/255 to 1"),
-        ("--depth 9", "visual_depth must be at most 3"),
-        ("--optimizer adam", "invalid choice: 'adam'"),
-    ],
-)
-def test_train_says_what_is_wrong(options, sentence, data, toy_options, tmp_path, capsys):
-    command = ["train", "--data", str(data), *toy_options, "--out", str(tmp_path / "out")]
-    assert main([*command, *options.split()]) == 2
-    assert sentence in error_of(capsys)
-    assert not (tmp_path / "out").exists()
-
-
 def test_push_says_where_the_pack_is(monkeypatch: pytest.MonkeyPatch, capsys):
     given: dict[str, object] = {}
 
@@ -286,16 +250,6 @@ def test_push_says_where_the_pack_is(monkeypatch: pytest.MonkeyPatch, capsys):
         "The repo is private. Load it with",
         "  tapt demo --pack owner/repo@v1",
     ]
-
-
-def test_a_download_shows_where_it_comes_from(
-    hub: LoopbackHub, toy_folder: Path, predict: Predict, capsys
-):
-    hub.commit("owner/clip", folder_files(toy_folder))
-    assert predict("--backbone hf-hub:owner/clip") == 0
-    error = capsys.readouterr().err
-    assert "Download: 100%" in error
-    assert "Backbone owner/clip at commit" in error
 
 
 def test_convert_says_what_is_wrong(toy_folder: Path, tmp_path: Path, capsys):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import counted
 from PIL import Image
 
 from tapt.core.errors import DataError
@@ -113,9 +114,7 @@ def test_a_picture_is_read_as_for_one_prediction(folder: Path):
         (zipfile.ZIP_STORED, 8, 98),  # an unknown method
     ],
 )
-def test_members_that_cannot_be_unpacked_are_named(
-    compression: int, field: int | None, value: int, folder: Path, tmp_path: Path
-):
+def test_members_that_cannot_be_unpacked_are_named(compression, field, value, folder, tmp_path):
     archive = zipped(folder, tmp_path / "set.zip", compression)
     with zipfile.ZipFile(archive) as file:
         start = file.getinfo("cat/0.png").header_offset
@@ -197,14 +196,8 @@ def test_the_digest_knows_names_labels_and_contents(folder: Path, tmp_path: Path
 def test_pixels_are_kept_within_bounds(folder: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tapt.data.images.MAX_HELD_BYTES", 3 * 8 * 8 * 2)
     data = load_data(folder)
-    opened: list[int] = []
-
-    def read(i: int) -> Image.Image:
-        opened.append(i)
-        return data.read(i)
-
-    counted = LabelledImages(data.classes, data.labels, read, data.content)
-    few = Pixels(counted, to_uint8)
+    images, opened = counted(data)
+    few = Pixels(images, to_uint8)
     expected = all_pixels(data)
     for _ in range(2):
         assert torch.equal(few.batch(range(len(data))), expected)

@@ -7,10 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import TOY_CLASSES, toy_clip
+from conftest import TOY_CLASSES, prepared, random_pixels, toy_clip
 from torch import Tensor
 
-from tapt.core.clip import PromptedClip
 from tapt.core.errors import Cancelled, InputError
 from tapt.core.losses import entropy
 from tapt.core.prompts import init_prompts
@@ -31,16 +30,7 @@ SEEDS = [5, 9, 2]
 
 @pytest.fixture(scope="module")
 def images() -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (3, 3, 32, 32), generator=generator) / 255
-
-
-def prepared(clip: PromptedClip, name: str, **settings: object) -> PreparedDefense:
-    """A defence with few views, whatever else it has."""
-    defense = find_defenses([name])[0]
-    fields = defense.settings.model_fields
-    small = {k: v for k, v in SMALL.items() if k in fields}
-    return defense.prepare(clip, defense.settings(**{**small, **settings}))
+    return random_pixels(3) / 255
 
 
 def answer(defense: PreparedDefense, images: Tensor, seeds: list[int] = SEEDS) -> Prediction:
@@ -132,15 +122,8 @@ def test_clip_static_and_tapt_answer_as_the_method_says(toy, images, design):
     torch.testing.assert_close(answer(prepared(clip, "clip"), images).probabilities, plain)
     static = clip.static(images).softmax(-1)
     torch.testing.assert_close(answer(prepared(clip, "static"), images).probabilities, static)
-    tuned = tune(
-        toy,
-        clip.prompts,
-        views(images),
-        clip.texts,
-        statistics=clip.statistics,
-        config=TuneConfig(**SMALL),
-        after=True,
-    )
+    given = toy, clip.prompts, views(images), clip.texts
+    tuned = tune(*given, statistics=clip.statistics, config=TuneConfig(**SMALL), after=True)
     prediction = answer(prepared(clip, "tapt"), images)
     torch.testing.assert_close(prediction.probabilities, tuned.logits.softmax(-1))
     trace = prediction.trace
@@ -197,14 +180,8 @@ def test_only_selection_is_done_by_the_selection_model(toy, images):
 
 
 def test_what_several_defences_need_is_computed_once(clip, images, monkeypatch):
-    passes = []
-    original = base.encode_views
-
-    def spy(*args, **options):
-        passes.append(args)
-        return original(*args, **options)
-
-    monkeypatch.setattr(base, "encode_views", spy)
+    passes, inner = [], base.encode_views
+    monkeypatch.setattr(base, "encode_views", lambda *a, **k: passes.append(a) or inner(*a, **k))
     batch = ImageBatch(images, SEEDS)
     alone = answer(prepared(clip, "tapt"), images).probabilities
     assert len(passes) == 1

@@ -6,18 +6,17 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from conftest import TOY_CLASSES, local_backbone, toy_clip
+from conftest import TOY_CLASSES, local_backbone, prepared, random_pixels, toy_clip
 from torch import Tensor
 
-from tapt.core.attacks import METHODS, Attack, linf_255
-from tapt.core.backbone import Backbone
+from tapt.core.attacks import Attack, linf_255
 from tapt.core.clip import PromptedClip
 from tapt.core.errors import Cancelled
 from tapt.core.images import to_float
 from tapt.core.prompts import logits
 from tapt.core.tuning import TuneConfig, tune
-from tapt.core.views import generators, image_seeds, make_views
-from tapt.defenses import ImageBatch, PreparedDefense, find_defenses
+from tapt.core.views import generators, make_views
+from tapt.defenses import ImageBatch, PreparedDefense
 from tapt.defenses.adaptive import Adaptive, Search
 from tapt.defenses.deployed import Deployed, ask, attack_deployed
 
@@ -27,21 +26,8 @@ SMALL = {"views": 8, "keep": 0.25, "lr": 0.02}
 OWN = ["clip", "static", "ensemble", "tapt"]
 
 
-def prepared(clip: PromptedClip, name: str) -> PreparedDefense:
-    defense = find_defenses([name])[0]
-    fields = defense.settings.model_fields
-    return defense.prepare(
-        clip, defense.settings(**{k: v for k, v in SMALL.items() if k in fields})
-    )
-
-
 def model(defense: PreparedDefense, seeds: list[int], **options: object) -> Deployed:
     return Deployed(defense, generators(seeds), **options)
-
-
-@pytest.fixture(scope="module")
-def clip(toy: Backbone) -> PromptedClip:
-    return toy_clip(toy)
 
 
 @pytest.fixture(scope="module")
@@ -51,8 +37,7 @@ def tuned(clip: PromptedClip) -> PreparedDefense:
 
 @pytest.fixture(scope="module")
 def pixels() -> Tensor:
-    generator = torch.Generator().manual_seed(0)
-    return torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=generator)
+    return random_pixels(3)
 
 
 @pytest.fixture(scope="module")
@@ -77,17 +62,6 @@ def test_every_pass_draws_anew_and_a_seed_repeats_it(flips, clip, pixels, name):
         last = model(defense, [4, 5, 6]).rows(torch.tensor([2]))(images[2:])
     torch.testing.assert_close(first.exp().sum(-1), torch.ones(3))
     torch.testing.assert_close(last[0], first[2], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("name", OWN)
-def test_the_model_answers_as_the_defence_does(clip, pixels, name):
-    """With the same draws."""
-    defense = prepared(clip, name)
-    with torch.no_grad():
-        answer = model(defense, [5])(to_float(pixels[:1])).exp()
-    seed = int(torch.randint(2**62, (), generator=generators([5])[0]))
-    expected = defense.predict(ImageBatch(to_float(pixels[:1]), [seed])).probabilities
-    torch.testing.assert_close(answer, expected)
 
 
 @pytest.mark.parametrize("design", ["V", "VLI", "VLJ"])
@@ -153,9 +127,7 @@ def test_fewer_images_per_pass_give_the_same(clip, pixels):
     torch.testing.assert_close(parts, whole, atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize(
-    "name", ["clip", "static", "ensemble", "tapt", "tapt-ensemble", "tpt", "ttc"]
-)
+@pytest.mark.parametrize("name", [*OWN, "tapt-ensemble", "tpt", "ttc"])
 def test_a_state_gives_what_the_defence_gives(clip, pixels, name):
     """And the same for a part of the images."""
     defense, images, seeds = prepared(clip, name), to_float(pixels), [4, 5, 6]
@@ -236,8 +208,8 @@ def test_an_image_that_always_fails_is_left_as_it_is(tuned, pixels, labels, monk
     assert climbed == [[0, 2]]
 
 
-@pytest.mark.parametrize("name", [n for n in METHODS if n != "pgd"])
-def test_every_attack_runs_on_the_deployed_defence(tuned, pixels, labels, name):
+@pytest.mark.parametrize("name", ["apgd", "cw", "autoattack"])
+def test_other_attacks_run_on_the_deployed_defence(tuned, pixels, labels, name):
     attack = Attack(name, 8 / 255, 1 if name in ("autoattack", "cw") else 3)
     attacked = attack_deployed(tuned, pixels[:1], labels[:1], attack, adaptive=FEW)
     if name != "cw":
@@ -270,15 +242,6 @@ def test_a_query_of_square_is_an_average(tuned, pixels, labels, monkeypatch):
     assert len({seed for seeds in asked for seed in seeds}) == 8
 
 
-def test_draws_for_other_purposes_are_other_ones(tuned, pixels):
-    """What an attack is judged by is not what it has seen, nor what is scored later."""
-    seeds = image_seeds(0, range(3))
-    answers = [ask(tuned, pixels, seeds, p, 1) for p in ("deployed", "judging", "score")]
-    assert not torch.equal(answers[0], answers[1])
-    assert not torch.equal(answers[1], answers[2])
-    assert torch.equal(ask(tuned, pixels, seeds, "score", 1), answers[2])
-
-
 def test_targets_are_approached(tuned, pixels, labels):
     targets = (labels + 1) % len(TOY_CLASSES)
     attack = Attack("pgd", 8 / 255, 6)
@@ -293,9 +256,8 @@ def test_targets_are_approached(tuned, pixels, labels):
 def test_progress_counts_to_the_end_and_can_stop(tuned, pixels, labels):
     calls = []
     attack = Attack("pgd", 1 / 255, 5)
-    attack_deployed(
-        tuned, pixels, labels, attack, adaptive=FEW, on_progress=lambda *call: calls.append(call)
-    )
+    given = tuned, pixels, labels, attack
+    attack_deployed(*given, adaptive=FEW, on_progress=lambda *call: calls.append(call))
     done = [done for done, _ in calls]
     assert done == sorted(done)
     # two replays, crops, surrogate, pool, and judging of each (the pool's twice)
@@ -308,4 +270,4 @@ def test_progress_counts_to_the_end_and_can_stop(tuned, pixels, labels):
             raise Cancelled("Stopped.")
 
     with pytest.raises(Cancelled):
-        attack_deployed(tuned, pixels, labels, attack, adaptive=FEW, on_progress=stop)
+        attack_deployed(*given, adaptive=FEW, on_progress=stop)

@@ -139,9 +139,7 @@ def test_what_is_not_a_whole_picture_is_refused(case: str):
 
 
 @pytest.mark.parametrize("side", [20_000, 5_001])
-def test_a_huge_picture_is_refused_before_a_pixel_is_decoded(
-    side: int, monkeypatch: pytest.MonkeyPatch
-):
+def test_a_huge_picture_is_refused_before_a_pixel_is_decoded(side: int, monkeypatch):
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("decoded"))
     with pytest.raises(InputError, match="at most 25 megapixels"):
         open_image(png_header(side, side))

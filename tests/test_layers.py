@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-import pytest
+from conftest import ROOT, python
 
-ROOT = Path(__file__).resolve().parents[1]
 ROWS = [  # what stands above may import what stands below, never its own row
     ["__main__"],
     ["ui", "commands"],
@@ -81,25 +77,15 @@ def test_the_core_has_no_circles():
     assert set(graph) == done, set(graph) - done
 
 
-def run(code: str) -> str:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=300
-    )
-    assert result.returncode == 0, result.stderr
-    return result.stdout.strip()
-
-
 def test_the_core_and_the_defences_load_nothing_heavy():
     modules = [module_of(p) for p in files() if part(module_of(p)) in ("core", "defenses")]
     assert len(modules) > 15
     code = f"import sys, {', '.join(modules)}; print([m for m in {HEAVY} if m in sys.modules])"
-    assert run(code) == "[]"
+    assert python("-c", code) == "[]\n"
 
 
-@pytest.mark.parametrize("module", ["tapt", "tapt.packs.hub"])
-def test_importing_changes_nothing_of_the_host(module: str):
-    code = f"""
+def test_importing_changes_nothing_of_the_host():
+    code = """
 import inspect, logging, os, warnings
 import huggingface_hub, torch
 from huggingface_hub import constants
@@ -107,29 +93,23 @@ from huggingface_hub.utils import _http
 
 def state():
     simple = (str, int, float, bool, type(None), frozenset, tuple, list)
-    client = {{k: v for k, v in vars(_http).items() if inspect.isroutine(v) or "CLIENT" in k}}
-    return {{
+    client = {k: v for k, v in vars(_http).items() if inspect.isroutine(v) or "CLIENT" in k}
+    return {
         "environment": dict(os.environ),
-        "levels": {{n: getattr(l, "level", None) for n, l in logging.root.manager.loggerDict.items()
-                   if not n.startswith("tapt")}},
+        "levels": {n: getattr(l, "level", None) for n, l in logging.root.manager.loggerDict.items()
+                   if not n.startswith("tapt")},
         "root": (logging.root.level, list(logging.root.handlers)),
-        "constants": {{k: v for k, v in vars(constants).items() if isinstance(v, simple)}},
+        "constants": {k: v for k, v in vars(constants).items() if isinstance(v, simple)},
         "client": client,
         "threads": torch.get_num_threads(),
         "seed": torch.initial_seed(),
-    }}
+    }
 
 before = state()
-import {module}
+import tapt, tapt.model, tapt.packs.convert, tapt.packs.publish
 after = state()
-known = {{name: after["levels"].get(name) for name in before["levels"]}}
+known = {name: after["levels"].get(name) for name in before["levels"]}
 after["levels"] = known
 print([key for key in before if before[key] != after[key]])
 """
-    assert run(code) == "[]"
-
-
-def test_importing_the_package_is_quick():
-    """Names are looked up when they are used: the help of the command needs none of them."""
-    loaded = run("import sys, tapt; print([m for m in ('torch', 'gradio') if m in sys.modules])")
-    assert loaded == "[]"
+    assert python("-c", code) == "[]\n"

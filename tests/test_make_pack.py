@@ -7,11 +7,9 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
-from conftest import ROOT, folder_files, toy_model
+from conftest import ROOT, toy_model, write_noise
 from loopback import LoopbackHub
-from PIL import Image
 
 from tapt.__main__ import main
 from tapt.core.backbone import Backbone
@@ -31,13 +29,8 @@ CONFIG = TrainConfig(epsilon=4 / 255, shots=None, validation=0.5)
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder, random = tmp_path_factory.mktemp("data"), np.random.RandomState(0)
-    for name in ("bird", "cat", "frog"):
-        (folder / name).mkdir()
-        for i in range(8):
-            pixels = random.randint(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{i}.png")
-    return folder
+    classes = ["bird", "cat", "frog"]
+    return write_noise(tmp_path_factory.mktemp("data"), classes=classes, count=8)
 
 
 @pytest.fixture
@@ -52,9 +45,7 @@ def search(toy: Backbone, data: LabelledImages, out: Path, **changes: object) ->
     return choose_settings(model, data, out, defenses=["static", "flips"], images=11, steps=1)
 
 
-def test_the_best_mean_wins_and_the_default_among_equals(
-    toy: Backbone, data: Path, searched: Defense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
+def test_the_best_mean_wins_and_the_default_among_equals(toy: Backbone, searched: Defense):
     model = toy_model(toy)
     every, _ = choose.candidates(model.prepare("cat, dog"), ["static", "flips"])
     assert [(row.name, choice) for row, choice in every] == [
@@ -122,19 +113,14 @@ def test_presets_fit_backbone_and_data(toy: Backbone, data: Path):
 
 
 @pytest.fixture
-def command(
-    hub: LoopbackHub, toy_folder: Path, data: Path, tmp_path: Path, monkeypatch
-) -> list[str]:
-    hub.commit("owner/clip", folder_files(toy_folder))
+def command(hub_clip: Backbone, data: Path, tmp_path: Path, monkeypatch) -> list[str]:
     monkeypatch.setenv("HF_TOKEN", "hf_owner")
     options = "--device cpu --epochs 1 --batch-size 6 --validation 0.3 --push owner/pack"
     paths = ["--data", str(data), "--out", str(tmp_path / "pack")]
     return ["make-pack", "--backbone", "hf-hub:owner/clip", *paths, *options.split()]
 
 
-def test_from_nothing_to_the_hub(
-    command: list[str], hub: LoopbackHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
-):
+def test_from_nothing_to_the_hub(command, hub: LoopbackHub, tmp_path, monkeypatch, capsys):
     """Stopped before the statistics and damaged, it makes again what is missing, and nothing
     else."""
     begun: list[str] = []
@@ -190,9 +176,7 @@ def test_from_nothing_to_the_hub(
         ("--work file", "'file' cannot be written"),
     ],
 )
-def test_what_cannot_end_is_said_first(
-    options: str, sentence: str, command: list[str], tmp_path: Path, monkeypatch, capsys
-):
+def test_what_cannot_end_is_said_first(options, sentence, command, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("file").touch()
     assert main([*command, *options.split()]) == 2

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import local_backbone
+from conftest import folder_files, local_backbone, make_pack
 from safetensors.torch import load_file, save_file
 
 from tapt.core.backbone import Backbone
 from tapt.core.errors import PackError
-from tapt.core.losses import Statistics, TokenStatistics
-from tapt.core.prompts import PromptConfig, init_prompts
 from tapt.packs import backbones
 from tapt.packs.card import write_pack
 from tapt.packs.format import (
@@ -24,13 +22,10 @@ from tapt.packs.format import (
     CONFIG,
     PROMPTS,
     STATISTICS,
-    Pack,
-    base_model,
     default_pack,
     list_packs,
     load_pack,
     save_pack,
-    statistics_shapes,
     untrained_pack,
 )
 
@@ -52,23 +47,6 @@ ROW = {
 }
 
 
-def make_pack(backbone: Backbone, design: str = "VLI") -> Pack:
-    prompts = init_prompts(backbone, PromptConfig(design, 2, 3), seed=1)
-    generator = torch.Generator().manual_seed(2)
-    values = [
-        torch.rand(shape, generator=generator)
-        for shape in statistics_shapes(backbone.architecture, prompts.config).values()
-    ]
-    return Pack(
-        prompts,
-        Statistics(TokenStatistics(*values[:2]), TokenStatistics(*values[2:])),
-        {"tapt": {"views": 8, "steps": 2, "lr": 1e-3, "align_to": 2}, "ensemble": {"views": 8}},
-        "mine",
-        base_model(backbone),
-        {"epochs": 3},
-    )
-
-
 @pytest.fixture
 def folder(toy: Backbone, tmp_path: Path) -> Path:
     write_pack(make_pack(toy), tmp_path / "mine")
@@ -77,7 +55,7 @@ def folder(toy: Backbone, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("design", ["V", "VLI", "VLJ"])
 def test_a_round_trip_is_bit_exact(toy_folder: Path, toy: Backbone, tmp_path: Path, design: str):
-    pack, folder = make_pack(toy, design), tmp_path / "new" / "folder"
+    pack, folder = make_pack(toy, design, training={"epochs": 3}), tmp_path / "new" / "folder"
     write_pack(pack, folder)
     loaded = load_pack(folder, toy)
     for name in ("test_time", "base_model", "training", "evaluation", "trained"):
@@ -115,9 +93,7 @@ def edit_config(folder: Path, change: Callable[[dict], object]) -> None:
         ({"architecture": {"text_blocks": 2}}, "has another architecture"),
     ],
 )
-def test_another_backbone_is_refused_and_the_right_one_named(
-    toy: Backbone, folder: Path, change: dict, difference: str
-):
+def test_another_backbone_is_refused_and_the_right_one_named(toy, folder, change, difference):
     def edit(config: dict) -> None:
         base = config["base_model"]
         sizes = base["architecture"] | change.get("architecture", {})
@@ -158,12 +134,9 @@ CONFIG_CHANGES = {
     "another-format": (lambda c: c.update(format="lora"), '"format": "tapt-pack"'),
     "another-version": (lambda c: c.update(version=3), "format version 3; this program reads"),
     "version-true": (lambda c: c.update(version=True), "format version True"),
-    "no-prompts": (lambda c: c.pop("prompts"), "prompts is missing"),
     "settings-of-another-kind": (lambda c: c["test_time"].update(tapt=5), "test_time.tapt must be"),
     "unknown-key": (lambda c: c.update(licence="mit"), "licence is unknown"),
-    "unknown-base-key": (lambda c: c["base_model"].update(url="x"), "base_model.url is unknown"),
     "unknown-design": (lambda c: c["prompts"].update(design="W"), "design must be one of V"),
-    "context-of-another-kind": (lambda c: c["prompts"].update(context=5), "context must be text"),
     "deeper-than-the-backbone": (
         lambda c: c["prompts"].update(visual_depth=4),
         "visual_depth must be at most 3",
@@ -172,18 +145,12 @@ CONFIG_CHANGES = {
         lambda c: c["base_model"].update(std=[1.0, 1.0]),
         "base_model.std must be three numbers above 0 and at most 10, got [1.0, 1.0]",
     ),
-    "size": (
-        lambda c: c["base_model"]["architecture"].update(text_width="x"),
-        "base_model.architecture.text_width must be a whole number from 1 to 99999, got 'x'",
-    ),
-    "nan": (lambda c: c["test_time"]["tapt"].update(lr=float("nan")), "is not valid JSON"),
     "evaluation-of-another-kind": (
         lambda c: c.update(evaluation=[5]),
         "must be an object for each row, got 5",
     ),
     "row-without-a-field": (_row(budget="gone"), "evaluation[1].budget is missing"),
     "row-of-infinite-images": (_row(n=float("inf")), "is not valid JSON"),
-    "row-of-half-an-image": (_row(n=1.5), "evaluation[1].n must be a whole number from 1 to"),
     "row-above-all": (_row(accuracy=2), "evaluation[1].accuracy must be a number from 0 to 1"),
     "row-with-one-end": (_row(ci95=[0.5]), "evaluation[1].ci95 must be two numbers from 0 to 1"),
     "row-on-nothing": (_row(attacked_model="me"), "attacked_model must be one of clip, static"),
@@ -286,10 +253,8 @@ def test_what_is_no_whole_safetensors_file(toy: Backbone, folder: Path, content:
     assert refused(folder, toy) == message
 
 
-def test_a_failed_save_leaves_the_old_files(
-    toy: Backbone, folder: Path, monkeypatch: pytest.MonkeyPatch
-):
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+def test_a_failed_save_leaves_the_old_files(toy: Backbone, folder: Path, monkeypatch):
+    before = folder_files(folder)
 
     def fail(*_: object) -> None:
         raise OSError("No space left on device")
@@ -298,12 +263,12 @@ def test_a_failed_save_leaves_the_old_files(
     with pytest.raises(OSError, match="No space left"):
         write_pack(make_pack(toy, "V"), folder)
     monkeypatch.undo()
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert folder_files(folder) == before
     assert load_pack(folder, toy).prompts.config.design == "VLI"
 
 
 def test_prompts_without_statistics_do_not_keep_older_ones(toy: Backbone, folder: Path):
-    save_pack(replace(make_pack(toy), statistics=None), folder)
+    save_pack(make_pack(toy, statistics=None), folder)
     assert {path.name for path in folder.iterdir()} == {CONFIG, PROMPTS}
     assert f"has no {STATISTICS}" in refused(folder, toy)
     alone = load_pack(folder, toy, statistics=False)
@@ -315,12 +280,12 @@ def test_new_numbers_leave_what_people_wrote_into_the_card(toy: Backbone, folder
     card = folder / CARD
     card.write_text(card.read_text() + "\n## Notes\n\nThe views defend.\n")
     same_clean = {**ROW, "epsilon_255": 2, "accuracy": 0.3}
-    write_pack(replace(make_pack(toy), evaluation=[ROW, same_clean]), folder)
+    write_pack(make_pack(toy, evaluation=[ROW, same_clean]), folder)
     written = card.read_text()
     assert written.endswith("\n## Notes\n\nThe views defend.\n")
     assert written.count("clean accuracy (tapt)") == 1
     assert "accuracy under pgd-100 2/255 on static (tapt)" in written
-    write_pack(replace(make_pack(toy), evaluation=[ROW]), folder)
+    write_pack(make_pack(toy, evaluation=[ROW]), folder)
     assert card.read_text().count("The views defend.") == 1
 
 

@@ -2,37 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, _wait_for
+from conftest import ROOT, python, serving
 
 import tapt
 
 PICTURE = "tapt/examples/tuxpaint-gpl2/horse.png"
-NEVER_IN_CORE = ["gradio", "huggingface_hub", "accelerate", "matplotlib"]
-LATE = [*NEVER_IN_CORE, "numpy", "open_clip", "pydantic", "torch"]
-
-
-def python(code: str, **environment: str) -> str:
-    """What a fresh interpreter prints."""
-    plain = {k: v for k, v in os.environ.items() if k != "OMP_WAIT_POLICY"}
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**plain, **environment},
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    return done.stdout
+LATE = ["accelerate", "gradio", "huggingface_hub", "matplotlib"]
+LATE += ["numpy", "open_clip", "pydantic", "torch"]
 
 
 def test_public_names():
@@ -48,24 +32,19 @@ def test_public_names():
 def test_import_and_help_load_nothing_heavy():
     """Which is what keeps `tapt --help` under half a second."""
     loaded = f"print([name for name in {LATE} if name in sys.modules])"
-    assert python(f"import sys, tapt; {loaded}") == "[]\n"
+    assert python("-c", f"import sys, tapt; {loaded}") == "[]\n"
     helped = "import sys\nfrom tapt.__main__ import main\ntry: main(['--help'])\n"
-    assert python(f"{helped}except SystemExit: {loaded}").endswith("[]\n")
+    assert python("-c", f"{helped}except SystemExit: {loaded}").endswith("[]\n")
 
 
-def test_core_knows_no_page_hub_or_plot():
-    modules = [f"tapt.core.{path.stem}" for path in (ROOT / "tapt/core").glob("[!_]*.py")]
-    loaded = f"print([name for name in {NEVER_IN_CORE} if name in sys.modules])"
-    assert python(f"import sys, {', '.join(modules)}; {loaded}") == "[]\n"
-
-
-def test_only_our_own_processes_wait_passively():
+def test_only_our_own_processes_wait_passively(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delenv("OMP_WAIT_POLICY")
     setting = [p for p in _relative("tapt/**/*.py") if "OMP_WAIT" in (ROOT / p).read_text()]
     assert setting == [Path("tapt/__main__.py")]
     code = "import os; from tapt.__main__ import main; before = os.environ.get('OMP_WAIT_POLICY')\n"
     code += "main([]); print(before, os.environ['OMP_WAIT_POLICY'])"
-    assert python(code) == "None passive\n"
-    assert python(code, OMP_WAIT_POLICY="active") == "active active\n"
+    assert python("-c", code) == "None passive\n"
+    assert python("-c", code, OMP_WAIT_POLICY="active") == "active active\n"
 
 
 def test_the_project_lists_what_there_is():
@@ -103,13 +82,6 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return target
 
 
-def run_installed(installed: Path, folder: Path, *command: str) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
-    return subprocess.run(
-        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True
-    )
-
-
 def test_a_wheel_holds_the_packs_and_no_scripts(installed: Path):
     (wheel,) = installed.parent.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
@@ -122,42 +94,24 @@ def test_a_wheel_holds_the_packs_and_no_scripts(installed: Path):
 
 
 def test_an_installed_wheel_predicts_in_an_empty_folder(installed: Path, tmp_path: Path):
-    where = run_installed(installed, tmp_path, "-c", "import tapt; print(tapt.__file__)")
-    assert Path(where.stdout.strip()) == installed / "tapt" / "__init__.py"
+    own = {"PYTHONPATH": str(installed), "PYTHONSAFEPATH": "1"}
+    where = python("-c", "import tapt; print(tapt.__file__)", folder=tmp_path, **own)
+    assert Path(where.strip()) == installed / "tapt" / "__init__.py"
     script, picture = str(installed / "bin" / "tapt"), str(installed / PICTURE)
     command = [script, "predict", picture, "--classes", "horse,automobile,dog", "--views", "8"]
-    done = run_installed(installed, tmp_path, *command)
-    assert done.returncode == 0, done.stderr
-    assert re.search(r"^TAPT +horse ", done.stdout, re.MULTILINE)
+    printed = python(*command, folder=tmp_path, **own)
+    assert re.search(r"^TAPT +horse ", printed, re.MULTILINE)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_installed_wheel_serves_the_page(installed: Path, tmp_path: Path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    own = {"PYTHONPATH": str(installed), "GRADIO_TEMP_DIR": str(tmp_path / "uploads")}
-    log = tmp_path / "log.txt"
-    with open(log, "w") as output:
-        process = subprocess.Popen(
-            [sys.executable, str(installed / "bin" / "tapt"), "demo", "--port", str(port)],
-            cwd=tmp_path,
-            env={**os.environ, **own},
-            stdout=output,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            _wait_for(f"http://127.0.0.1:{port}/", process, log)
-        finally:
-            process.terminate()
-            process.wait(20)
-    assert "Traceback" not in log.read_text()
+    program = (installed / "bin" / "tapt", "demo")
+    with serving(tmp_path, program=program, PYTHONPATH=str(installed)):
+        pass
 
 
 def test_the_page_without_gradio_names_the_extra():
-    hide = "import sys; sys.modules['gradio'] = None"
-    code = f"{hide}\nfrom tapt.__main__ import main\ntry: print(main(['demo']))\n"
-    code += "except SystemExit as end: print(end.code)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "2\n"
-    assert done.stderr == 'tapt demo: the page needs gradio: pip install "tapt[demo]"\n'
+    code = "import sys; sys.modules['gradio'], sys.stderr = None, sys.stdout\n"
+    code += "from tapt.__main__ import main\ntry: print(main(['demo']))\n"
+    printed = python("-c", code + "except SystemExit as end: print(end.code)")
+    assert printed == 'tapt demo: the page needs gradio: pip install "tapt[demo]"\n2\n'

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from io import BytesIO
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-from conftest import folder_files
+from conftest import REPO, make_pack
 from loopback import LoopbackHub
 from PIL import Image
-from test_pack import ROW, make_pack
+from test_pack import ROW
 
 import tapt.packs.client
 from tapt.core.backbone import Backbone
@@ -23,19 +22,11 @@ from tapt.packs.card import PICTURE, write_pack
 from tapt.packs.format import CARD, CONFIG, PROMPTS, STATISTICS
 from tapt.packs.publish import publish
 
-REPO = "owner/pack"
-
 
 @pytest.fixture
-def clip(hub: LoopbackHub, toy: Backbone, toy_folder: Path, monkeypatch) -> Backbone:
+def folder(hub_clip: Backbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("HF_TOKEN", "hf_owner")
-    commit, name = hub.commit("owner/clip", folder_files(toy_folder)), "hf-hub:owner/clip"
-    return replace(toy, name=name, source=name, revision=commit)
-
-
-@pytest.fixture
-def folder(clip: Backbone, tmp_path: Path) -> Path:
-    write_pack(replace(make_pack(clip), evaluation=[ROW]), tmp_path / "mine")
+    write_pack(make_pack(hub_clip, evaluation=[ROW]), tmp_path / "mine")
     (tmp_path / "mine" / "notes.txt").write_text("not for others")
     return tmp_path / "mine"
 
@@ -54,7 +45,7 @@ def on_hub(hub: LoopbackHub, ref: str = "main") -> dict[str, bytes]:
     return repo.commits[repo.refs[ref]]
 
 
-def test_push_and_pull_by_tag(hub: LoopbackHub, clip, folder, capsys):
+def test_push_and_pull_by_tag(hub: LoopbackHub, hub_clip, folder, capsys):
     published = publish(folder, REPO, tag="v1")
     assert capsys.readouterr() == ("", "")
     repo, files = hub.repos[REPO], on_hub(hub)
@@ -68,8 +59,8 @@ def test_push_and_pull_by_tag(hub: LoopbackHub, clip, folder, capsys):
     for name in (CONFIG, PROMPTS, STATISTICS):
         assert files[name] == (folder / name).read_bytes()
     model = load(f"{REPO}@v1", device="cpu", token=None)
-    assert (model.backbone.sha256, model.pack.origin.commit) == (clip.sha256, published.commit)
-    original = make_pack(clip).prompts.tensors
+    assert (model.backbone.sha256, model.pack.origin.commit) == (hub_clip.sha256, published.commit)
+    original = make_pack(hub_clip).prompts.tensors
     assert all(torch.equal(model.pack.prompts.tensors[k], v) for k, v in original.items())
     hub.requests.clear()
     assert "has a version 'v1' already" in refused(folder, tag="v1")
@@ -77,7 +68,7 @@ def test_push_and_pull_by_tag(hub: LoopbackHub, clip, folder, capsys):
     assert not any("preupload" in request for request in hub.requests)
 
 
-def test_the_card_of_a_published_pack(hub: LoopbackHub, clip, folder):
+def test_the_card_of_a_published_pack(hub: LoopbackHub, hub_clip, folder):
     notes = "## Notes\n\nThe views defend.\n\n### Search\n\n8 runs.\n"
     (folder / CARD).write_text(f"{(folder / CARD).read_text()}\n{notes}")
     assert not publish(folder, REPO, public=True).private
@@ -86,7 +77,7 @@ def test_the_card_of_a_published_pack(hub: LoopbackHub, clip, folder):
     _, front, text = files[CARD].decode().split("---\n", 2)
     data = yaml.safe_load(front)
     assert (data["base_model"], data["base_model_relation"]) == ("owner/clip", "adapter")
-    assert {"tapt", f"tapt-weights-{clip.sha256[:16]}"} <= set(data["tags"])
+    assert {"tapt", f"tapt-weights-{hub_clip.sha256[:16]}"} <= set(data["tags"])
     metrics = [m for r in data["model-index"][0]["results"] for m in r["metrics"]]
     assert {m["name"]: m["value"] for m in metrics} == {
         "clean accuracy (tapt)": 0.7,
@@ -101,8 +92,8 @@ def test_the_card_of_a_published_pack(hub: LoopbackHub, clip, folder):
     assert len(picture.getcolors(1 << 20)) > 10
 
 
-def test_a_proposal_to_somebody_elses_repo(hub: LoopbackHub, clip, folder, monkeypatch):
-    write_pack(make_pack(clip), folder)
+def test_a_proposal_to_somebody_elses_repo(hub: LoopbackHub, hub_clip, folder, monkeypatch):
+    write_pack(make_pack(hub_clip), folder)
     publish(folder, REPO, public=True)
     before = on_hub(hub)
     assert PICTURE not in before  # a pack without numbers

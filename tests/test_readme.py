@@ -4,30 +4,15 @@ from __future__ import annotations
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, python
 
 from tapt.__main__ import main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PLACES = ["README.md", "prompts/README.md", "tapt/evaluation/README.md", "tapt/ui/README.md"]
-
-
-def run(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
 
 
 def test_it_is_short():
@@ -36,14 +21,14 @@ def test_it_is_short():
 
 def test_the_python_block():
     (code,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    *table, top = run("-c", code).splitlines()
+    *table, top = python("-c", code).splitlines()
     assert table[0].split() == ["clean", "attacked"]
     assert re.match(r"\('horse', 0\.9\d+\)$", top)
 
 
 def test_the_predict_command():
     (command,) = re.findall(r"python (-m tapt predict .*?)\n```", README, re.DOTALL)
-    printed = run(*shlex.split(command.replace("\\\n", " ")))
+    printed = python(*shlex.split(command.replace("\\\n", " ")))
     assert "Vanilla CLIP" in printed
     assert "measured L-inf 4/255" in printed
 

@@ -5,21 +5,19 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
-from conftest import TOY_CLASSES
+from conftest import TOY_CLASSES, random_pixels
 from PIL import Image
 
 from tapt.core.attacks import Attack
 from tapt.core.errors import InputError
 from tapt.core.images import to_picture
 from tapt.defenses import find_defenses
-from tapt.evaluation.sweep import Sweep, curve_png, sweep_steps
+from tapt.evaluation.sweep import curve_png, sweep_steps
 
 
 @pytest.fixture(scope="module")
 def image() -> Image.Image:
-    generator = torch.Generator().manual_seed(0)
-    return to_picture(torch.randint(0, 256, (3, 32, 32), dtype=torch.uint8, generator=generator))
+    return to_picture(random_pixels(1)[0])
 
 
 def test_the_curves_are_those_of_compare(model, image):
@@ -59,7 +57,6 @@ def test_it_fills_in_and_stops(model, image, flips):
     assert lengths[-1] == 2
     assert next(steps, None) is None
     assert len(str(result).splitlines()) == 2 + 2
-    assert curve_png(result).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(
@@ -82,12 +79,6 @@ def test_the_deployed_defence_can_be_the_attacked_model(model, image):
     steps = sweep_steps(
         model, image, TOY_CLASSES, attack=Attack("square", steps=1), epsilons=(0, 8), **options
     )
-    *_, (_, result) = steps
+    for _, result in steps:  # curves can be drawn before there is anything to draw
+        assert curve_png(result).startswith(b"\x89PNG")
     assert all(len(values) == 2 for values in result.probabilities.values())
-
-
-def test_unfinished_curves_can_be_drawn():
-    attack = {"name": "pgd", "steps": 3}
-    settings = {"attack": attack, "attacked_model": "deployed:tapt", "trained": False}
-    half = Sweep("cat", True, (0, 1, 2), settings, {"clip": [0.5], "tapt": []}, {})
-    assert curve_png(half).startswith(b"\x89PNG")

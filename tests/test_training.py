@@ -5,17 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import os
-import signal
-import subprocess
-import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, TWO_PROCESSES, counted, python, write_noise
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -45,17 +41,6 @@ CONFIG = TrainConfig(
     validation=0.2,
 )
 FILES = "prompts.safetensors", "statistics.safetensors"
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-
-
-def write_noise(folder: Path, seed: int, count: int) -> Path:
-    random = np.random.RandomState(seed)
-    for name in CLASSES:
-        (folder / name).mkdir(parents=True)
-        for i in range(count):
-            pixels = random.randint(0, 256, (32, 32, 3), dtype=np.uint8)
-            Image.fromarray(pixels).save(folder / name / f"{i}.ppm")
-    return folder
 
 
 def noise(count: int, seed: int = 0) -> LabelledImages:
@@ -71,20 +56,9 @@ def noise(count: int, seed: int = 0) -> LabelledImages:
     )
 
 
-def counted(data: LabelledImages) -> tuple[LabelledImages, list[int]]:
-    """The same images, and a list of those that were opened."""
-    opened: list[int] = []
-
-    def read(i: int) -> Image.Image:
-        opened.append(i)
-        return data.read(i)
-
-    return LabelledImages(data.classes, data.labels, read, data.content), opened
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_noise(tmp_path_factory.mktemp("data") / "set", 0, 8)
+    return write_noise(tmp_path_factory.mktemp("data"), classes=CLASSES, count=8)
 
 
 @pytest.fixture(scope="module")
@@ -116,10 +90,9 @@ def same_files(one: Path, other: Path, names: Sequence[str] = FILES[:1]) -> bool
     return all((one / name).read_bytes() == (other / name).read_bytes() for name in names)
 
 
-def test_resume_goes_on_to_the_same_result(
-    toy: Backbone, data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-):
-    """Stopped in the middle of the second epoch, after the checkpoint of the first."""
+@pytest.mark.parametrize("minutes", [0.0, 3.0], ids=["every-step", "every-epoch"])
+def test_resume_goes_on_to_the_same_result(toy, data, trained, tmp_path, monkeypatch, minutes):
+    """Stopped in the middle of the second epoch."""
     original = Trainer.train_step
 
     def stop_late(self: Trainer) -> float:
@@ -130,6 +103,7 @@ def test_resume_goes_on_to_the_same_result(
     arguments = toy, load_data(data), PROMPTS, CONFIG, tmp_path
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "train_step", stop_late)
+        patch.setattr(checkpoints, "MINUTES", minutes)
         with pytest.raises(KeyboardInterrupt):
             train(*arguments)
     assert not (tmp_path / "prompts.safetensors").exists()
@@ -147,15 +121,7 @@ def test_resume_goes_on_to_the_same_result(
         (PROMPTS, CONFIG, "not a whole checkpoint"),
     ],
 )
-def test_resume_refuses_what_does_not_belong(
-    prompts: PromptConfig,
-    config: TrainConfig,
-    words: str,
-    toy: Backbone,
-    data: Path,
-    trained: Path,
-    tmp_path: Path,
-):
+def test_resume_refuses_what_does_not_belong(prompts, config, words, toy, data, trained, tmp_path):
     whole = (trained / "adversarial" / CHECKPOINT).read_bytes()
     (tmp_path / CHECKPOINT).write_bytes(whole[:1000] if "whole" in words else whole)
     with pytest.raises(InputError, match=words):
@@ -169,28 +135,12 @@ def test_a_log_line_that_was_cut_short_is_dropped(tmp_path: Path):
     assert (tmp_path / LOG).read_text().splitlines() == rows[:2]
 
 
-@pytest.mark.parametrize(
-    ("settings", "sentence"),
-    [
-        ({"epsilon": 0.0}, "epsilon must be a number from 1/255 to 1"),
-        ({"shots": -1}, "shots must be a whole number from 1"),
-        ({"clean_share": 2.0}, "clean_share must be a number from 0 to 1"),
-        ({"optimizer": "adam"}, "optimizer must be one of sgd, adamw"),
-        ({"precision": "float16"}, "precision must be one of float32, bfloat16"),
-    ],
-)
-def test_settings_say_what_is_wrong(settings: dict, sentence: str):
-    with pytest.raises(InputError, match=sentence):
-        TrainConfig(**settings)
-
-
 def test_no_shots_are_all():
     assert TrainConfig(shots=0) == TrainConfig(shots=None)
 
 
 def test_outputs_and_depths_are_checked_first(toy: Backbone, tmp_path: Path):
-    opened, images = [], noise(6)
-    images, opened = counted(images)
+    images, opened = counted(noise(6))
     (tmp_path / "file").touch()
     pack = Pack(init_prompts(toy, PROMPTS), None, {}, "p", {})
     for call in (
@@ -234,14 +184,7 @@ def test_processes_share_the_batch_that_one_would_draw(toy: Backbone):
         assert len(opened) == len(part.images)
 
 
-def test_results_do_not_depend_on_what_is_held(
-    toy: Backbone,
-    data: Path,
-    trained: Path,
-    parts: list[Pack],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-):
+def test_results_do_not_depend_on_what_is_held(toy, data, trained, parts, tmp_path, monkeypatch):
     statistics(toy, load_data(data), *parts, tmp_path / "held")
     monkeypatch.setattr("tapt.data.images.MAX_HELD_BYTES", 5 * 3 * 32 * 32)
     train(toy, load_data(data), PROMPTS, CONFIG, tmp_path / "streamed")
@@ -313,79 +256,7 @@ def test_statistics_are_mean_and_variance_of_hidden_states(toy: Backbone, tmp_pa
     torch.testing.assert_close(result.var.double(), stacked.var(1), rtol=1e-4, atol=1e-5)
 
 
-LONG = CONFIG.updated(epochs=8, batch_size=5)
-SCRIPT = """
-import sys
-from pathlib import Path
-from conftest import local_backbone
-from test_training import LONG, PROMPTS
-from tapt.data import load_data
-from tapt.packs.format import load_pack
-from tapt.processes import start_processes
-from tapt.training import checkpoints
-from tapt.training.prompts import train
-from tapt.training.statistics import statistics
-
-if __name__ == "__main__":
-    toy, data, prompts, out = map(Path, sys.argv[1:])
-    start_processes("cpu")
-    backbone, data = local_backbone(toy), load_data(data)
-    checkpoints.MINUTES = 0.0
-    train(backbone, data, PROMPTS, LONG, out / "prompts")
-    pack = load_pack(prompts, backbone, statistics=False)
-    statistics(backbone, data, pack, pack, out / "pack")
-"""
-
-
-def start(folder: Path, processes: int, *arguments: Path) -> subprocess.Popen[str]:
-    """The script in processes of its own."""
-    (folder / "work.py").write_text(SCRIPT)
-    launch = (
-        f"-m accelerate.commands.launch --multi_gpu --num_processes {processes} "
-        "--num_machines 1 --mixed_precision no --dynamo_backend no --main_process_port 0"
-    )
-    command = [*(launch.split() if processes > 1 else []), str(folder / "work.py")]
-    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    return subprocess.Popen(
-        [sys.executable, *command, *map(str, arguments)],
-        env={**ENVIRONMENT, "PYTHONPATH": paths},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-@pytest.fixture(scope="module")
-def one(toy: Backbone, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What one process makes without an interruption."""
-    out = tmp_path_factory.mktemp("one")
-    pack = train(toy, load_data(data), PROMPTS, LONG, out / "prompts")
-    statistics(toy, load_data(data), pack, pack, out / "pack")
-    return out
-
-
-def test_killed_and_resumed(toy: Backbone, toy_folder: Path, data: Path, one: Path, tmp_path: Path):
-    """SIGKILL as soon as the first checkpoint is there."""
-    process, out = (
-        start(tmp_path, 1, toy_folder, data, one / "prompts", tmp_path),
-        tmp_path / "prompts",
-    )
-    deadline = time.monotonic() + 120
-    while not (out / CHECKPOINT).exists() and time.monotonic() < deadline:
-        assert process.poll() is None
-        time.sleep(0.001)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL, "it ended before it was killed"
-    assert not (out / "config.json").exists()
-    train(toy, load_data(data), PROMPTS, LONG, out, resume=True)
-    assert same_files(out, one / "prompts")
-    rows = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
-    assert [row["epoch"] for row in rows] == list(range(1, 9))
-
-
-def test_statistics_killed_and_resumed(
+def test_statistics_stopped_and_resumed(
     toy: Backbone, parts: list[Pack], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     """Stopped in the third batch, after the checkpoint of the second."""
@@ -414,13 +285,41 @@ def test_statistics_killed_and_resumed(
     assert not list(out.glob("*.ckpt"))
 
 
-def test_two_processes_equal_one(toy_folder: Path, data: Path, one: Path, tmp_path: Path):
+SCRIPT = """
+import sys
+from pathlib import Path
+from conftest import local_backbone
+from test_training import CONFIG, PROMPTS
+from tapt.data import load_data
+from tapt.packs.format import load_pack
+from tapt.processes import start_processes
+from tapt.training import checkpoints
+from tapt.training.prompts import train
+from tapt.training.statistics import statistics
+
+if __name__ == "__main__":
+    toy, data, prompts, out = map(Path, sys.argv[1:])
+    start_processes("cpu")
+    backbone, data = local_backbone(toy), load_data(data)
+    checkpoints.MINUTES = 0.0
+    train(backbone, data, PROMPTS, CONFIG, out / "prompts")
+    pack = load_pack(prompts, backbone, statistics=False)
+    statistics(backbone, data, pack, pack, out / "pack")
+"""
+
+
+def test_two_processes_equal_one(toy, toy_folder, data, trained, parts, tmp_path: Path):
     """Training steps to float tolerance, statistics to 1e-6."""
-    process = start(tmp_path, 2, toy_folder, data, one / "prompts", tmp_path)
-    _, errors = process.communicate(timeout=300)
-    assert process.returncode == 0, errors[-2000:]
-    for file, tolerance in ((f"prompts/{FILES[0]}", 1e-5), (f"pack/{FILES[1]}", 1e-6)):
-        expected, found = load_file(one / file), load_file(tmp_path / file)
+    (tmp_path / "work.py").write_text(SCRIPT)
+    given = map(str, (tmp_path / "work.py", toy_folder, data, trained / "adversarial", tmp_path))
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    python(*TWO_PROCESSES.split(), *given, PYTHONPATH=paths)
+    statistics(toy, load_data(data), parts[0], parts[0], tmp_path / "one")
+    for file, alone, tolerance in (
+        (f"prompts/{FILES[0]}", trained / "adversarial" / FILES[0], 1e-5),
+        (f"pack/{FILES[1]}", tmp_path / "one" / FILES[1], 1e-6),
+    ):
+        expected, found = load_file(alone), load_file(tmp_path / file)
         assert expected.keys() == found.keys()
         for key in expected:
             torch.testing.assert_close(found[key], expected[key], rtol=tolerance, atol=tolerance)

