@@ -82,6 +82,11 @@ class ImageBatch:
         return self.shared(("view logits", count, clip), make)
 
 
+def crops(batch: ImageBatch, settings: Any) -> Tensor:
+    """The views of a defence that changes none of them, (M, V, 3, S, S)."""
+    return batch.views(settings.views)
+
+
 def kept_of(values: Tensor, kept: Tensor) -> Tensor:
     """The kept views' share of values (M, V, ...), (M, K, ...). kept: (M, K)."""
     return values[torch.arange(len(kept), device=kept.device)[:, None], kept]
@@ -181,6 +186,7 @@ class Defense:
     title, about: for people.
     prepare: makes it ready; sees things of the core alone.
     uses_prompts: its answer depends on the pack's prompts.
+    views: of a batch and the settings, the views (M, V, 3, S, S) that it looks at, to be shown.
     paper: where it comes from.
     by_default: answers where nobody chose.
     search: values of its decisive settings, all combinations of which are tried where a pack is
@@ -193,6 +199,7 @@ class Defense:
     prepare: Callable[[PromptedClip, Any], PreparedDefense]
     settings: type[Settings] = NoSettings
     uses_prompts: bool = True
+    views: Callable[[ImageBatch, Any], Tensor] | None = None
     paper: str = ""
     by_default: bool = True
     search: Mapping[str, Sequence[Any]] = field(default_factory=dict, hash=False)

@@ -19,6 +19,7 @@ from tapt.defenses.base import (
     PreparedDefense,
     State,
     Trace,
+    crops,
     images_per_pass,
     register,
 )
@@ -128,6 +129,7 @@ register(
         "prompts tuned for this one picture",
         Tapt,
         TaptSettings,
+        views=crops,
         paper="arXiv 2411.13136",
         search={"lr": (0.005, 0.01, 0.02, 0.04)},
     )

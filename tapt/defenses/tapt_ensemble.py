@@ -14,7 +14,7 @@ from torch import Tensor
 from tapt.core.losses import log_mean_probability
 from tapt.core.prompts import Prompts
 from tapt.core.tuning import Progress
-from tapt.defenses.base import Defense, ImageBatch, Prediction, State, kept_of, register
+from tapt.defenses.base import Defense, ImageBatch, Prediction, State, crops, kept_of, register
 from tapt.defenses.features import encode_unit, reliability, similarity, weighted
 from tapt.defenses.surrogates import smooth_tuning
 from tapt.defenses.tapt import Tapt, TaptSettings, trace_of
@@ -84,6 +84,7 @@ register(
         "prompts tuned for this one picture, answered by its views",
         TaptEnsemble,
         TaptEnsembleSettings,
+        views=crops,
         paper="arXiv 2411.13136",
         by_default=False,
         search={"answer": ("kept", "similar"), "lr": (0.005, 0.02)},
