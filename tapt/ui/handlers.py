@@ -120,8 +120,9 @@ class Handlers:
             word, text = name.replace("_", " "), values[name] or ""
             checks[name] = partial(inputs.read_class, word, text, names)
         for name, check in checks.items():
-            if name == "image" and found:
-                continue  # of the whole request, where nothing else is wrong
+            follows = "class_names" in found and name in ("true_class", "target")
+            if follows or (found and name == "image"):  # of the whole request
+                continue
             try:
                 check()
             except InputError as error:
