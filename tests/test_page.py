@@ -142,6 +142,7 @@ def test_nothing_is_right_that_nobody_called_right(page: Page):
     finish(page)
     assert all(re.search("✓ right|✗ wrong", row) for row in rows(page))
     expect(page.locator("#sentence")).to_contain_text("The true class is dog.")
+    page.get_by_role("tab", name="Pictures").click()
     expect(page.locator("#pictures img")).to_have_count(1)
 
 
