@@ -110,9 +110,9 @@ class Handlers:
         values, found = self.values(raw), dict[str, str]()
         settings = values.pop("settings")
         checks: dict[str, Callable] = {
-            **{n: partial(inputs.read_fields, {n: v}) for n, v in values.items() if n != "image"},
-            **{n: partial(inputs.read_fields, {"settings": {n: settings[n]}}) for n in settings},
+            **{n: partial(inputs.read_fields, {n: values[n]}) for n in inputs.NAMES if n in values},
             "class_names": partial(self._classes, values),
+            **{n: partial(inputs.read_fields, {"settings": {n: settings[n]}}) for n in settings},
             "image": partial(self.runs.request, {**values, "settings": settings}),
         }
         names = tuple(distinct(class_names(values["class_names"] or "")))
