@@ -21,7 +21,7 @@ from PIL import Image
 from playwright.sync_api import Browser, Page, expect
 
 from tapt.defenses import Prediction
-from tapt.ui import known, links, render, serve
+from tapt.ui import known, links, pictures, render, results, serve
 from tapt.ui.page import ANSWER
 
 TITLES = ["Vanilla CLIP", "Static prompts", "Untuned view ensemble", "TAPT", "TAPT + ensemble"]
@@ -46,7 +46,7 @@ def finish(page: Page) -> None:
     page.evaluate("document.querySelector('#sentence p').textContent = ''")
     run(page)
     expect(page.locator("#sentence")).to_contain_text("Done in")
-    expect(page.locator("#rows tbody tr").filter(has_text=render.WAITING)).to_have_count(0)
+    expect(page.locator("#rows tbody tr").filter(has_text=results.WAITING)).to_have_count(0)
 
 
 def fill(page: Page, picture: Path = HORSE, **values: object) -> None:
@@ -119,8 +119,13 @@ def test_the_whole_answer_is_on_the_first_screen(page: Page):
     expect(page.locator("#plan")).to_contain_text(re.compile(r"about [\d.]+ s"))
     assert page.locator("#rows caption").count() == 1
     page.get_by_role("tab", name="Pictures").click()
-    expect(page.locator("#slider img")).to_have_count(2)
-    assert "largest change" in page.locator("#pictures img").last.get_attribute("alt")
+    shown = [image.get_attribute("alt") for image in page.locator("#pictures img").all()]
+    assert re.match("original picture: Vanilla CLIP says horse", shown[0])
+    assert re.match(r"attacked picture: Vanilla CLIP (now|still) says \w", shown[1])
+    assert "largest change" in shown[-1]
+    line = page.get_by_role("slider", name="Line between both")
+    line.press("End")
+    assert line.evaluate("line => line.parentNode.style.getPropertyValue('--at')") == "100%"
 
 
 def test_nothing_is_right_that_nobody_called_right(page: Page):
@@ -131,13 +136,14 @@ def test_nothing_is_right_that_nobody_called_right(page: Page):
     fill(page, known.EXAMPLES[-1].path, class_names="cat, dog", true_class="", steps=0)
     finish(page)
     assert all(re.search("kept|changed", row) for row in rows(page))
-    assert page.locator("#rows .t-held, #rows .t-fooled, #rows .t-true").count() == 0
+    assert page.locator("#rows .t-good, #rows .t-bad, #rows .t-true").count() == 0
     expect(page.locator("#rows caption")).to_contain_text("Nobody said what it is")
     fill(page, true_class="dog", attack="none")
     finish(page)
     assert all(re.search("✓ right|✗ wrong", row) for row in rows(page))
     expect(page.locator("#sentence")).to_contain_text("The true class is dog.")
-    expect(page.locator("#slider")).to_be_hidden()
+    page.get_by_role("tab", name="Pictures").click()
+    expect(page.locator("#pictures img")).to_have_count(1)
 
 
 def test_an_attack_says_what_it_sees_and_what_it_costs(page: Page):
@@ -194,9 +200,15 @@ def test_results_of_earlier_inputs_look_so(page: Page):
     expect(stale).to_contain_text(render.EARLIER)
     run(page)
     expect(page.locator("#class-names")).to_contain_text("at least two class names")
+    wrong = page.locator("#class-names textarea")
+    expect(wrong).to_have_attribute("aria-invalid", "true")
+    expect(wrong).to_be_focused()
     assert rows(page) == before
-    page.locator("#class-names textarea").fill(names)
+    wrong.fill(names)
     expect(stale).not_to_contain_text(render.EARLIER)
+    fill(page)
+    finish(page)
+    expect(wrong).not_to_have_attribute("aria-invalid", "true")
 
 
 def test_whoever_waits_is_told_why(page: Page, browser: Browser, server: str):
@@ -223,6 +235,12 @@ def test_class_names_are_shown_as_they_were_understood(page: Page):
     names = ["dog, the hot one never seen", "rocket never seen", "Cat", "sports car"]
     expect(chips).to_have_text(names)
     expect(page.locator("#names")).to_contain_text("4 names, 2 never seen")
+    chips.get_by_role("button", name="Cat").click()
+    expect(text).to_have_value('"dog, the hot one", sports car, SportsCar, rocket')
+    expect(chips.last.get_by_role("button")).to_be_focused()
+    page.keyboard.press("ArrowLeft")
+    page.keyboard.press("Delete")
+    expect(text).to_have_value('"dog, the hot one", sports car, SportsCar')
     text.fill("kitten, Puppy, a plane\nsports cars")
     expect(page.locator("#chips .t-odd")).to_have_count(0)
     choose(page, "preset", "OxfordIIITPet")
@@ -327,7 +345,13 @@ def test_take_away(page: Page, server: str, tmp_path: Path):
     expect(page.locator("#class-names textarea")).to_have_value(names)
 
     page.get_by_role("tab", name="Pictures").click()
-    seen = page.locator("#pictures img").first.get_attribute("src").partition(",")[2]
+    seen = (
+        page.locator("#pictures figure")
+        .nth(1)
+        .locator("img")
+        .get_attribute("src")
+        .partition(",")[2]
+    )
     (tmp_path / "seen.png").write_bytes(base64.b64decode(seen))
     page.get_by_role("tab", name="Take away").click()
     command = shlex.split(page.locator("#take pre").inner_text())
@@ -374,15 +398,36 @@ def test_how_each_row_decided(page: Page):
     }
     formula = re.search(r"total = (.*);", part.inner_text())[1].replace("×", "*")
     assert eval(formula, {}, losses) == pytest.approx(losses["total"], rel=1e-3)
+    assert part.locator(".t-views img").count() == 16
     assert "threshold 0.3" in ttc.inner_text()
     assert "perturbation" in ttc.locator("img").first.get_attribute("alt")
+
+
+def test_settings_of_every_kind_have_fields_and_no_step_is_called_none(page: Page):
+    """Fault 12: 0 steps still spoke of tuning."""
+    fill(page, defenses=["tapt", "dbd"], settings={"tapt.steps": 0, "tapt.views": 4})
+    unfold(page, "settings")
+    page.get_by_role("button", name="TAPT: settings").click()
+    betas = page.get_by_label("betas").first
+    betas.fill("0.5, 2")
+    run(page)
+    expect(page.locator("#settings")).to_contain_text("betas must be two numbers from 0 to below 1")
+    betas.fill("0.5, 0.9")
+    page.get_by_label("align to").first.fill("1")
+    finish(page)
+    used = json.loads(saved(page, "All numbers"))["settings"]["test_time"]["tapt"]
+    assert (used["betas"], used["align_to"]) == ([0.5, 0.9], 1)
+    assert "--set tapt.betas=0.5, 0.9" in page.locator("#take pre").inner_text().replace("'", "")
+    tapt, dbd = page.locator("#rows .t-more").all()
+    assert "no step was taken" in tapt.text_content()
+    assert dbd.locator(".t-views img").count() == 32
 
 
 def test_recorded_evidence_is_one_table_and_one_chart(page: Page):
     page.get_by_role("tab", name="Evidence").click()
     table = page.locator("#recorded")
     expect(table).to_contain_text("thin: n < 200")
-    expect(table).to_contain_text("95 % interval")
+    expect(table).to_contain_text("attacked 95 %")
     expect(page.locator("#chart img")).to_be_visible()
     before = page.locator("#chart img").get_attribute("src")
     page.locator("#condition input").click()
@@ -461,7 +506,7 @@ def test_phone_has_the_button_at_hand_and_never_scrolls_sideways(page: Page):
     assert not page.evaluate(too_wide)
     last = page.locator(ROWS).last.bounding_box()
     assert last
-    assert last["y"] + last["height"] <= 1.5 * 844 + 60
+    assert last["y"] + last["height"] <= 1.5 * 844
     small = "[...document.querySelectorAll('#rows button, #run, #examples button')]"
     assert page.evaluate(f"{small}.every(b => b.getBoundingClientRect().height >= 40)")
     for state in (lambda: everything(page), lambda: tab(page, "Evidence")):
@@ -484,7 +529,7 @@ def test_a_defence_of_somebody_else_has_its_fields_its_row_and_its_trace(flips, 
     labels = {block.label: block for block in fn.inputs}
     assert labels["flips"].info == "how often a coin is thrown"
     values[labels["flips"]] = 7
-    values[labels["Picture"]] = {"url": links.png_url(Image.open(HORSE))}
+    values[labels["Picture"]] = {"url": pictures.picture_url(Image.open(HORSE))}
     *_, last = fn.fn(values)
     shown = next(value for block, value in last.items() if block.elem_id == "rows")
     assert "Median over flips" in shown

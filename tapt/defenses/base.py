@@ -83,6 +83,11 @@ class ImageBatch:
         return self.shared(("view logits", count, clip), make)
 
 
+def crops(batch: ImageBatch, settings: Any) -> Tensor:
+    """The views of a defence that changes none of them, (M, V, 3, S, S)."""
+    return batch.views(settings.views)
+
+
 def images_per_pass(backbone: Backbone, views: int, texts: ClassTexts | None = None) -> int:
     """How many images pass with gradients at once: about 8,000 tokens of the image tower.
 
@@ -172,6 +177,7 @@ class Defense:
     name: in commands, files and the API.
     title, about: for people.
     prepare: makes it ready; sees things of the core alone.
+    views: of a batch and the settings, the views (M, V, 3, S, S) that it looks at, to be shown.
     by_default: answers where nobody chose.
     search: values of its decisive settings, all combinations of which are tried where a pack is
         made.
@@ -182,6 +188,7 @@ class Defense:
     about: str
     prepare: type[PreparedDefense]
     settings: type[Settings] = NoSettings
+    views: Callable[[ImageBatch, Any], Tensor] | None = None
     by_default: bool = True
     search: Mapping[str, Sequence[Any]] = field(default_factory=dict, hash=False)
 

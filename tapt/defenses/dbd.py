@@ -151,6 +151,12 @@ def changed_views(image: Tensor, generator: Generator) -> Tensor:
     return torch.stack(views) / 255
 
 
+def views_of(batch: ImageBatch, settings: DbdSettings | None = None) -> Tensor:
+    """The images and their changed views, (M, 32, 3, S, S)."""
+    pairs = zip(batch.images, batch.generators("dbd"), strict=True)
+    return torch.stack([torch.cat([x[None], changed_views(x, g)]) for x, g in pairs])
+
+
 def blurred(levels: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and Gaussian over 5 x 5 pixels, in whole levels as OpenCV rounds them, (3, S, S)."""
     padded = pad(levels[:, None], (2, 2, 2, 2), mode="reflect")
@@ -200,9 +206,7 @@ class Dbd(PreparedDefense):
         advance = counted(on_progress, len(batch) * VIEWS)
 
         def encoded() -> Tensor:
-            pairs = zip(batch.images, batch.generators("dbd"), strict=True)
-            views = torch.stack([torch.cat([x[None], changed_views(x, g)]) for x, g in pairs])
-            return encode_unit(backbone, views, advance=advance)
+            return encode_unit(backbone, views_of(batch), advance=advance)
 
         features = batch.shared(("dbd", backbone, torch.is_grad_enabled()), encoded)
         logits = similarity(backbone, features, text)
@@ -218,6 +222,7 @@ register(
         "features moved towards those of changed views, no prompts",
         Dbd,
         DbdSettings,
+        views=views_of,
         by_default=False,
         search={"threshold": (0.4, 0.6, 0.7, 0.8, 0.9), "alpha": (1.5, 2.5, 4.0)},
     )

@@ -15,6 +15,7 @@ from tapt.defenses.base import (
     Prediction,
     PreparedDefense,
     State,
+    crops,
     register,
 )
 
@@ -67,6 +68,7 @@ register(
         "the kept views under the static prompts, no step",
         Ensemble,
         EnsembleSettings,
+        views=crops,
         search={"keep": (0.05, 0.1, 0.2, 0.5)},
     )
 )

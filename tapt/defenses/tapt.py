@@ -19,6 +19,7 @@ from tapt.defenses.base import (
     PreparedDefense,
     State,
     Trace,
+    crops,
     images_per_pass,
     register,
 )
@@ -122,6 +123,7 @@ register(
         "prompts tuned for this one picture",
         Tapt,
         TaptSettings,
+        views=crops,
         search={"lr": (0.005, 0.01, 0.02, 0.04)},
     )
 )

@@ -14,7 +14,7 @@ from torch import Tensor
 from tapt.core.losses import kept_of, log_mean_probability
 from tapt.core.progress import Progress, quiet
 from tapt.core.prompts import Prompts
-from tapt.defenses.base import Defense, ImageBatch, Prediction, State, register
+from tapt.defenses.base import Defense, ImageBatch, Prediction, State, crops, register
 from tapt.defenses.features import encode_unit, reliability, similarity, weighted
 from tapt.defenses.surrogates import smooth_tuning
 from tapt.defenses.tapt import Tapt, TaptSettings, trace_of
@@ -82,6 +82,7 @@ register(
         "prompts tuned for this one picture, answered by its views",
         TaptEnsemble,
         TaptEnsembleSettings,
+        views=crops,
         by_default=False,
         search={"answer": ("kept", "similar"), "lr": (0.005, 0.02)},
     )

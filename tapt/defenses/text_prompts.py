@@ -62,6 +62,19 @@ from tapt.defenses.context import (
 from tapt.defenses.features import encode_unit, reliability, similarity, view_features, weighted
 
 
+def views_of(batch: ImageBatch, settings: Any) -> Tensor:
+    """The image and crops of it, changed by AugMix where the settings say so, (M, V, 3, S, S)."""
+    views = batch.views(settings.views)
+    if not settings.augmix:
+        return views
+
+    def make() -> Tensor:
+        pairs = zip(views, batch.generators("augmix"), strict=True)
+        return torch.stack([torch.stack([v[0], *(augmix(x, g) for x in v[1:])]) for v, g in pairs])
+
+    return batch.shared(("augmix", settings.views), make)
+
+
 @dataclass(frozen=True, eq=False)
 class Plan:
     """loss: of the kept views' logits.
@@ -127,18 +140,7 @@ class TextPrompts(PreparedDefense):
 
     def views(self, batch: ImageBatch) -> Tensor:
         """(M, V, 3, S, S); view 0 is the image itself."""
-        count = self.settings.views
-        views = batch.views(count)
-        if not self.settings.augmix:
-            return views
-
-        def make() -> Tensor:
-            pairs = zip(views, batch.generators("augmix"), strict=True)
-            return torch.stack(
-                [torch.stack([v[0], *(augmix(x, g) for x in v[1:])]) for v, g in pairs]
-            )
-
-        return batch.shared(("augmix", count), make)
+        return views_of(batch, self.settings)
 
     def plan(self, batch: ImageBatch, features: Tensor, logits: Tensor, kept: Tensor) -> Plan:
         """The loss, and how the views answer.
@@ -275,7 +277,8 @@ def _register(
 ) -> None:
     about = f"text context tuned for this one picture, {how}"
     search = {"lr": (0.005, 0.05, 0.5), **search}
-    register(Defense(name, title, about, prepare, settings, by_default=False, search=search))
+    options: Any = {"views": views_of, "by_default": False, "search": search}
+    register(Defense(name, title, about, prepare, settings, **options))
 
 
 _register("tpt", "TPT", "entropy of the mean", Tpt, TptSettings, keep=(0.1, 0.3))

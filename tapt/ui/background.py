@@ -55,11 +55,10 @@ class Runs:
         The phases before the first step: `download` with bytes, and `waiting` with how many runs
         come first.
         """
-        result: Comparison | None = None
         for progress, result in self._run(request, sweeps=False):
+            if result is not None and result.finished:
+                self.service.remember(request, result)
             yield progress, result
-        if result is not None:
-            self.service.remember(request, result)
 
     def sweep(self, request: Request) -> Iterator[tuple[Progress | None, Sweep | None]]:
         """The same for a sweep over the request's epsilons."""

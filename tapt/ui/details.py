@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import base64
-import io
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
@@ -14,8 +12,8 @@ from torch import Tensor
 from tapt.comparison import Answer, Comparison
 from tapt.core.images import to_float, to_picture
 from tapt.core.views import image_seeds
-from tapt.defenses import ImageBatch
-from tapt.ui.links import png_url
+from tapt.defenses import ImageBatch, find_defenses
+from tapt.ui.pictures import change_figure, image
 
 SHOWN, FEW = 16, 12  # views; values of a list
 Trace = Mapping[str, Any]
@@ -24,31 +22,35 @@ Trace = Mapping[str, Any]
 def how(result: Comparison, name: str) -> str:
     """Everything that there is of a defence's answers: settings, views, losses, values."""
     settings = result.settings["test_time"][name]
-    parts = [f"<p>Settings: {_listed(settings)}.</p>"] if settings else []
+    parts = [f"<p>Settings: {escape(_value(settings))}.</p>"] if settings else []
     for kind, word in (("clean", "original"), ("attacked", "attacked")):
         answer, pixels = getattr(result[name], kind), getattr(result, kind)
         if answer is not None and answer.trace:
-            body = _one(result, pixels, answer, settings)
+            body = _one(result, name, pixels, answer)
             parts.append(f"<section><h3>On the {word} picture</h3>{body}</section>")
     return "".join(parts) or "<p>One pass, nothing tuned or chosen.</p>"
 
 
-def _one(result: Comparison, pixels: Tensor, answer: Answer, settings: Trace) -> str:
-    trace, depth = dict(answer.trace), result.settings["prompts"]["visual_depth"]
-    views = _views(trace, pixels, result.settings["seed"], settings)
-    before, after = (trace.get(key) for key in ("before", "after"))
-    losses = ""
-    if isinstance(before, Mapping):
-        losses = _losses(before, trace.pop("after") or {}, settings, depth)
-        del trace["before"]
-    elif after is None:
-        trace.pop("after", None)
-    pictures = "".join(_picture(name, trace.pop(name)) for name in _pictures(trace))
-    rows = {_said(name): _value(value) + _limit(name, settings) for name, value in trace.items()}
-    return views + losses + pictures + table(("What", "Value"), list(rows.items()))
+def _one(result: Comparison, name: str, pixels: Tensor, answer: Answer) -> str:
+    settings, trace = result.settings["test_time"][name], dict(answer.trace)
+    parts = []
+    if trace.get("entropies"):
+        parts.append(_views(trace, _thumbnails(result, name, pixels)))
+    if isinstance(before := trace.get("before"), Mapping):
+        depth = result.settings["prompts"]["visual_depth"]
+        after = trace.pop("after", None) if settings.get("steps") else None
+        parts.append(_losses(before, after, settings, depth))
+        trace = {key: value for key, value in trace.items() if key not in ("before", "after")}
+    for key, value in [*trace.items()]:
+        if isinstance(value, list) and len(value) == 3 and isinstance(value[0], list):
+            parts.append(change_figure(255 * torch.tensor(trace.pop(key)), _said(key)))
+    rows = [(_said(k), _value(v) + _limit(k, settings)) for k, v in trace.items() if v is not None]
+    return "".join([*parts, table(("What", "Value"), rows)])
 
 
-def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table(
+    heads: Sequence[str], rows: Sequence[Sequence[str]], caption: str = "", kind: str = "t-plain"
+) -> str:
     """A small table of plain values, empty without rows."""
     if not rows:
         return ""
@@ -59,29 +61,25 @@ def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         + "</tr>"
         for first, *rest in rows
     )
-    return f'<table class="t-plain"><thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+    title = f"<caption>{escape(caption)}</caption>" if caption else ""
+    return (
+        f'<table class="{kind}">{title}<thead><tr>{top}</tr></thead><tbody>{body}</tbody></table>'
+    )
 
 
-def _views(trace: dict[str, Any], pixels: Tensor, seed: int, settings: Trace) -> str:
+def _views(trace: dict[str, Any], thumbnails: Sequence[str]) -> str:
     """Takes what there is of every view, or of every kept one, out of the trace."""
-    count, kept = len(trace.get("entropies") or ()), list(trace.pop("kept", None) or ())
-    if not count:
-        return ""
+    count, kept = len(trace["entropies"]), list(trace.pop("kept", None) or ())
     columns: dict[str, dict[int, float]] = {}
-    for name, values in list(trace.items()):
-        if not isinstance(values, list) or (name != "entropies" and "loss" in name):
-            continue
-        index = {count: range(count), len(kept): kept}.get(len(values))
-        if index is not None:
-            columns[_said(name)] = dict(zip(index, trace.pop(name), strict=True))
-    crops = None  # a defence that changes its views otherwise has others
-    if settings.get("views") == count and not settings.get("augmix"):
-        crops = ImageBatch(to_float(pixels)[None], image_seeds(seed, [0])).views(count)[0]
+    for name, values in [*trace.items()]:
+        if isinstance(values, list) and (name == "entropies" or "loss" not in name):
+            index = {count: range(count), len(kept): kept}.get(len(values))
+            if index is not None:
+                columns[_said(name)] = dict(zip(index, trace.pop(name), strict=True))
     order = [*kept, *(index for index in range(count) if index not in kept)][:SHOWN]
     items = "".join(
-        f"<li{' class=t-kept' if index in kept else ''}>"
-        + ("" if crops is None else f'<img src="{_thumbnail(crops[index])}" alt="">')
-        + f"<strong>{'the picture' if index == 0 else f'view {index}'}"
+        f"<li{' class=t-kept' if index in kept else ''}>{thumbnails[index] if thumbnails else ''}"
+        + f"<strong>{f'view {index}' if index else 'the picture'}"
         + f"{', kept' if index in kept else ''}</strong>"
         + "".join(f"<br>{name} {v[index]:.3g}" for name, v in columns.items() if index in v)
         + "</li>"
@@ -95,17 +93,23 @@ def _views(trace: dict[str, Any], pixels: Tensor, seed: int, settings: Trace) ->
     )
 
 
-def _thumbnail(view: Tensor) -> str:
-    picture = to_picture((view * 255).round().to(torch.uint8))
-    picture.thumbnail((48, 48))
-    buffer = io.BytesIO()
-    picture.save(buffer, "WEBP", quality=80)
-    return "data:image/webp;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _thumbnails(result: Comparison, name: str, pixels: Tensor) -> list[str]:
+    """The views as the defence saw them, where it says which."""
+    (row,) = find_defenses([name])
+    if row.views is None:
+        return []
+    batch = ImageBatch(to_float(pixels)[None], image_seeds(result.settings["seed"], [0]))
+    views = row.views(batch, row.settings(**result.settings["test_time"][name]))[0]
+    pictures = [to_picture((view * 255).round().to(torch.uint8)) for view in views]
+    for picture in pictures:
+        picture.thumbnail((48, 48))
+    return [image(picture, "", "WEBP") for picture in pictures]
 
 
-def _losses(before: Trace, after: Trace, settings: Trace, depth: int) -> str:
+def _losses(before: Trace, after: Trace | None, settings: Trace, depth: int) -> str:
+    heads = ("Loss", "before the step", "after") if after else ("Loss, no step was taken", "value")
     rows = [
-        (_said(name), _value(value), _value(after.get(name)))
+        (_said(name), _value(value), *([_value(after.get(name))] if after else []))
         for name, value in before.items()
         if value is not None
     ]
@@ -116,37 +120,13 @@ def _losses(before: Trace, after: Trace, settings: Trace, depth: int) -> str:
             f"entropy + {weight:g} / {depth} × ({alpha:g} × adversarial + {1 - alpha:g} × clean)"
         )
     note = f"<p>total = {formula}; {depth} is the number of blocks with prompts.</p>"
-    return table(("Loss", "before the step", "after"), rows) + note
-
-
-def _pictures(trace: Trace) -> list[str]:
-    """Names of what has the shape of a picture."""
-    return [
-        name
-        for name, value in trace.items()
-        if isinstance(value, list) and len(value) == 3 and isinstance(value[0], list)
-    ]
-
-
-def _picture(name: str, values: list) -> str:
-    change = torch.tensor(values)
-    scale = 0.5 / max(1e-6, float(change.abs().max()))
-    picture = to_picture(((change * scale + 0.5) * 255).clamp(0, 255).byte())
-    text = f"{_said(name)}, × {scale:.0f} around mid-grey"
-    return (
-        f'<figure class="t-figure"><img class="t-pixels" src="{png_url(picture)}" alt="{text}">'
-        f"<figcaption>{text}</figcaption></figure>"
-    )
+    return table(heads, rows) + note
 
 
 def _limit(name: str, settings: Trace) -> str:
     """The threshold that a value is held against."""
     keys = [f"{name}_threshold", *(["threshold"] if name == "score" else [])]
     return "".join(f" (threshold {settings[key]:g})" for key in keys if key in settings)
-
-
-def _listed(settings: Trace) -> str:
-    return escape(", ".join(f"{_said(key)} {_value(value)}" for key, value in settings.items()))
 
 
 def _said(name: str) -> str:

@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import gradio as gr
-import pandas as pd
 
 from tapt.comparison import Comparison
 from tapt.core.attacks import METHODS
@@ -20,7 +19,7 @@ from tapt.data.pictures import open_image
 from tapt.defenses import all_defenses, find_defenses
 from tapt.evaluation.sweep import Sweep
 from tapt.model import Model
-from tapt.ui import inputs, known, links, render
+from tapt.ui import curves, evidence, inputs, known, links, render, results, take
 from tapt.ui.background import Runs, with_heartbeat
 from tapt.ui.service import Service
 
@@ -55,88 +54,79 @@ class Handlers:
         return {**{n: v for n, v in given.items() if "." not in n}, "settings": settings}
 
     def _own(self, model: Model | None) -> Values:
-        """The settings of a pack, as far as there are fields of them."""
-        every = {row.name: model.settings(row).model_dump() for row in all_defenses() if model}
+        """The settings of a pack, as the fields hold them."""
         names = (name.split(".") for name in self.fields if "." in name and model)
-        return {f"{row}.{name}": every[row][name] for row, name in names}
+        every = {row.name: model.settings(row).model_dump() for row in all_defenses() if model}
+        return {f"{row}.{name}": inputs.setting_text(every[row][name]) for row, name in names}
 
     def compare(self, raw: Raw, progress: gr.Progress = PROGRESS) -> Iterator[Updates]:
         """The rows as they fill, then everything else."""
-        shown = self.shown
-        with inputs.in_words():
-            request, before = self.runs.request(self.values(raw)), None
-            yield {shown["sentence"]: render.note("Running…"), shown["stop"]: _visible(True)}
-            for at, result in self.runs.compare(request):
-                _report(progress, at)
-                if result is not None and result.finished:
-                    return (yield self._finished(result, request))
-                now = [vars(row).values() for row in result.answers.values()] if result else []
-                filled = sum(answer is not None for row in now for answer in row)
-                if result is None or filled == before:
-                    yield {shown["stop"]: gr.skip()}  # where Stop takes hold
-                    continue
-                before, counts = filled, result.counts()
-                sentence = render.note(f"So far {counts}." if counts else "Running…")
-                yield {shown["sentence"]: sentence, shown["rows"]: render.results(result)}
+        running = {self.shown["sentence"]: render.note("Running…")}
+        yield from self._watch(raw, self.runs.compare, self._compared, "stop", running, progress)
 
-    def _finished(self, result: Comparison, request: inputs.Request) -> Updates:
-        shown, clean, both = self.shown, to_picture(result.clean), None
-        if result.attacked is not None:
-            both = clean, to_picture(result.attacked)
-        link, changes = links.to_link(request.values, clean), request.fields.settings or {}
-        sentence = f"{result.verdict()} Done in {result.seconds['total']:.1f} s."
-        return {
-            shown["sentence"]: render.note(sentence),
-            shown["rows"]: render.results(result),
-            shown["slider"]: gr.update(value=both, visible=both is not None),
-            shown["pictures"]: render.pictures(result),
-            shown["take"]: render.take_away(result, link, changes),
-            shown["stop"]: _visible(False),
-        }
+    def _compared(self, request: inputs.Request, result: Comparison) -> Updates:
+        shown, counts = self.shown, result.counts()
+        sentence, updates = f"So far {counts}." if counts else "Running…", Updates()
+        if result.finished:
+            sentence = f"{result.verdict()} Done in {result.seconds['total']:.1f} s."
+            link = links.to_link(request.values, to_picture(result.clean))
+            taken = take.take_away(result, link, request.fields.settings or {})
+            updates = {shown["pictures"]: results.pictures(result), shown["take"]: taken}
+        told = {shown["sentence"]: render.note(sentence), shown["rows"]: results.results(result)}
+        return {**told, **updates}
 
     def sweep(self, raw: Raw, progress: gr.Progress = PROGRESS) -> Iterator[Updates]:
         """The curves as they grow."""
-        shown, before = self.shown, 0
-        with inputs.in_words():
-            request = self.runs.request(self.values(raw))
-            yield {shown["falls"]: "", shown["stop-sweep"]: _visible(True)}
-            for at, result in self.runs.sweep(request):
-                _report(progress, at)
-                count = sum(map(len, result.probabilities.values())) if result else 0
-                if result is None or count == before:
-                    yield {shown["stop-sweep"]: gr.skip()}
-                else:
-                    yield self._swept(result)
-                before = count
-            yield {shown["stop-sweep"]: _visible(False)}
+        empty = {self.shown["falls"]: ""}
+        yield from self._watch(raw, self.runs.sweep, self._swept, "stop-sweep", empty, progress)
 
-    def _swept(self, result: Sweep) -> Updates:
-        points = pd.DataFrame(render.sweep_points(result))
-        order, shown = list(points.defence.unique()), self.shown
-        rows = points.pivot_table(index="epsilon", columns="defence", values="probability")[order]
+    def _swept(self, request: inputs.Request, result: Sweep) -> Updates:
+        points, shown = curves.points(result), self.shown
+        table = points.pivot_table(index="epsilon", columns="defence", values="probability")
         limits: list[float | None] = [0, max(1, result.epsilons[-1])]
         return {
-            shown["falls"]: render.sweep_notes(result),
+            shown["falls"]: curves.falls(result),
             shown["curves"]: gr.LinePlot(points, y_title=f"p({result.label})", x_lim=limits),
-            shown["points"]: rows.reset_index(),
+            shown["points"]: table[list(points.defence.unique())].reset_index(),
         }
+
+    def _watch(
+        self, raw: Raw, run: Callable, show: Callable, stop: str, first: Updates, progress: Any
+    ) -> Iterator[Updates]:
+        """What `show` makes of a run's results whenever there are more of them."""
+        with inputs.in_words():
+            request, before = self.runs.request(self.values(raw)), None
+            yield {**first, self.shown[stop]: _visible(True)}
+            for at, result in run(request):
+                _report(progress, at)
+                now = (_filled(result.answers), vars(result).get("finished")) if result else before
+                # where Stop takes hold
+                yield {self.shown[stop]: gr.skip()} if now == before else show(request, result)
+                before = now
+            yield {self.shown[stop]: _visible(False)}
 
     def faults(self, raw: Raw) -> list[dict]:
         """For each component, in the order of the page, what is wrong with its value."""
-        values = self.values(raw)
-        named = {n: {n: v} for n, v in values.items() if n not in ("image", "settings")}
-        named |= {n: {"settings": {n: v}} for n, v in values["settings"].items()}
-        checks: dict[str, Callable] = {n: partial(inputs.read_fields, v) for n, v in named.items()}
-        checks["class_names"] = partial(self._classes, values)
+        values, found = self.values(raw), dict[str, str]()
+        settings = values.pop("settings")
+        checks: dict[str, Callable] = {
+            **{n: partial(inputs.read_fields, {n: values[n]}) for n in inputs.NAMES if n in values},
+            "class_names": partial(self._classes, values),
+            **{n: partial(inputs.read_fields, {"settings": {n: settings[n]}}) for n in settings},
+            "image": partial(self.runs.request, {**values, "settings": settings}),
+        }
         names = tuple(distinct(class_names(values["class_names"] or "")))
         for name in ("true_class", "target"):
             word, text = name.replace("_", " "), values[name] or ""
             checks[name] = partial(inputs.read_class, word, text, names)
-        found: dict[str, str] = {}
         for name, check in checks.items():
-            _try(found, name, check)
-        if not found:
-            _try(found, "image", partial(self.runs.request, values))
+            follows = "class_names" in found and name in ("true_class", "target")
+            if follows or (found and name == "image"):  # of the whole request
+                continue
+            try:
+                check()
+            except InputError as error:
+                found[name] = str(error)
         return [gr.validate(name not in found, found.get(name, "")) for name in self.fields]
 
     def _classes(self, values: Values) -> None:
@@ -193,6 +183,10 @@ class Handlers:
             return open_image(former["path"]), former
         return gr.skip(), payload
 
+    def remove(self, text: str, event: gr.EventData) -> str:
+        """The class names without the one whose chip was clicked."""
+        return names_text(n for n in class_names(text) if len(distinct([n, event.name])) == 2)
+
     def preset(self, name: str, backbone: str) -> str | dict:
         """The class names of a data set, without those that the model cannot read."""
         text = known.presets(backbone).get(name)
@@ -227,8 +221,8 @@ class Handlers:
             shown["head"]: render.header(model),
             shown["former"]: (backbone, pack),
             shown["preset"]: gr.update(choices=list(known.presets(backbone)), value=None),
-            shown["evidence"]: render.evidence(model.pack.evaluation)[1],
-            shown["condition"]: gr.update(**conditions(model.pack.evaluation)),
+            shown["evidence"]: evidence.recorded(model.pack.evaluation),
+            shown["condition"]: gr.update(**evidence.conditions(model.pack.evaluation)),
             **{self.fields[name]: value for name, value in self._own(model).items()},
         }
 
@@ -241,10 +235,10 @@ class Handlers:
             info = f"{error} Only the packs at hand are listed."
         return gr.update(choices=list(dict.fromkeys([*names, pack])), info=info)
 
-    def evidence(self, chosen: str, former: tuple[str, str]) -> Any:
+    def chart(self, chosen: str, former: tuple[str, str]) -> Any:
         """The chart of one condition of the pack's recorded rows."""
         model = self.service.at_hand(*former)
-        return render.chart(model.pack.evaluation, chosen) if model and chosen else None
+        return evidence.chart(model.pack.evaluation, chosen) if model and chosen else None
 
     def restore(self, event: gr.EventData) -> Updates:
         """The inputs of a link."""
@@ -261,7 +255,8 @@ class Handlers:
         plain = {**asked.model_dump(), "image": request.picture, "true_class": request.label or ""}
         plain["defenses"] = [row.name for row in find_defenses(asked.defenses)]
         for name, value in self._own(model).items():
-            plain[name] = changes.get(name, changes.get(name.partition(".")[2], value))
+            changed = changes.get(name, changes.get(name.partition(".")[2], value))
+            plain[name] = inputs.setting_text(changed)
         return {component: plain[name] for name, component in self.fields.items()}
 
 
@@ -273,13 +268,6 @@ def attackable(names: Sequence[str]) -> list[tuple[str, str]]:
     return fixed + [row for row in every if {row[1], row[1].partition(":")[2]} & {*names}]
 
 
-def conditions(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The choices of the chart; that of most pictures first."""
-    ordered = sorted(rows, key=lambda row: -row["n"])
-    choices = list(dict.fromkeys(map(render.condition, ordered)))
-    return {"choices": choices, "value": choices[0] if choices else None}
-
-
 def _visible(on: bool) -> dict:
     return gr.update(visible=on)
 
@@ -289,11 +277,10 @@ def _warn(error: Exception) -> None:
     gr.Warning(text)
 
 
-def _try(found: dict[str, str], name: str, check: Callable) -> None:
-    try:
-        check()
-    except InputError as error:
-        found[name] = str(error)
+def _filled(answers: Mapping[str, Any]) -> int:
+    """How many answers are there of a comparison, or of a sweep."""
+    rows = (row if isinstance(row, list) else vars(row).values() for row in answers.values())
+    return sum(answer is not None for row in rows for answer in row)
 
 
 def _report(progress: gr.Progress, at: Any) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import base64
 import html
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,8 +138,16 @@ def _setting(key: str, value: object) -> object:
         raise InputError(f"{shown(key)} is a setting of no defence; write NAME or DEFENCE.NAME.")
     value = _whole(value)
     for row in rows if value is not None else ():
+        if isinstance(value, str) and isinstance(row.settings.model_fields[name].default, tuple):
+            with suppress(ValueError):
+                value = [float(part) for part in value.split(",")]
         row.settings(**{name: value})
     return value
+
+
+def setting_text(value: object) -> object:
+    """A setting as a field or the command line holds it: several numbers as one text."""
+    return ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else value
 
 
 SWEEP_ONLY = ("max_epsilon", "epsilon_step")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import json
 import zlib
 from collections.abc import Mapping
@@ -12,13 +11,14 @@ from collections.abc import Mapping
 from PIL import Image
 
 from tapt.core.errors import InputError
+from tapt.ui.pictures import picture_url
 
 MAX_LINK = 2_000_000  # characters; browsers take no longer ones
 
 
 def to_link(values: Mapping[str, object], picture: Image.Image) -> str:
     """The part behind `#x=` for a request's values and the picture that the model saw."""
-    text = json.dumps({**values, "image": {"url": png_url(picture)}})
+    text = json.dumps({**values, "image": {"url": picture_url(picture)}})
     return base64.urlsafe_b64encode(zlib.compress(text.encode(), 9)).decode()
 
 
@@ -41,10 +41,3 @@ def from_link(link: object) -> dict[str, object]:
     except (ValueError, binascii.Error, zlib.error, RecursionError) as error:
         raise InputError("This link is damaged or cut off; nothing was changed.") from error
     return values
-
-
-def png_url(picture: Image.Image) -> str:
-    """A picture as a lossless `data:` URL."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -9,53 +9,87 @@ from pathlib import Path
 from typing import Any
 
 import gradio as gr
-from pydantic.fields import FieldInfo
 
 from tapt.core.attacks import METHODS
 from tapt.core.settings import limits, plain_type
 from tapt.data.pictures import open_image
 from tapt.defenses import Defense, all_defenses, find_defenses
-from tapt.ui import known, render
+from tapt.ui import evidence, known, render, results, take
 from tapt.ui.api import add_api
 from tapt.ui.background import QUEUE, Runs
-from tapt.ui.handlers import Handlers, attackable, conditions
-from tapt.ui.inputs import MAX_BYTES, Fields, refusal
+from tapt.ui.details import table
+from tapt.ui.handlers import Handlers, attackable
+from tapt.ui.inputs import MAX_BYTES, Fields, refusal, setting_text
 from tapt.ui.service import Service
 
 FOLDER = Path(__file__).parent
 MAX_WAITING, MAX_SESSIONS = 32, 50  # of a session gradio keeps the last results
 ANSWER = ("clip", "static", "ensemble", "tapt", "tapt-ensemble", "rtpt", "ttc")
-Options = dict[str, Any]
 FIRST = {"attack": "pgd", "epsilon": 4, "attacked_model": "clip"}
-HIDDEN: Options = {"show_progress": "hidden", "api_visibility": "private"}
-QUIET: Options = {**HIDDEN, "queue": False}
+HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
+QUIET: dict[str, Any] = {**HIDDEN, "queue": False}
 UNFIT = (
     "This request does not fit: send every parameter in the order of /gradio_api/info, and "
     "pictures as uploaded files or data: URLs."
 )
-# gradio's dropdown would open its list again when Tab leaves it, or lose the focus to a long one
-TAB_LEAVES = """() => document.addEventListener("keydown", event => {
-  if (event.key !== "Tab" || event.target.role !== "combobox") return;
-  event.stopPropagation();
-  document.querySelectorAll("[role=listbox]").forEach(list => list.tabIndex = -1);
-}, true)"""
+# gradio's dropdown would open its list again when Tab leaves it, or lose the focus to a long one;
+# its fields show an error and do not say so
+KEYS = """() => {
+  document.addEventListener("keydown", event => {
+    if (event.key !== "Tab" || event.target.role !== "combobox") return;
+    event.stopPropagation();
+    document.querySelectorAll("[role=listbox]").forEach(list => list.tabIndex = -1);
+  }, true);
+  let marked = [];
+  new MutationObserver(() => {
+    const wrong = [...document.querySelectorAll("div.validation-error")]
+      .map(error => error.closest(".block").querySelector("textarea, input")).filter(Boolean);
+    marked.forEach(field => wrong.includes(field) || field.removeAttribute("aria-invalid"));
+    wrong.forEach(field => field.setAttribute("aria-invalid", true));
+    if (wrong.length && !wrong.some(field => marked.includes(field))) wrong[0].focus();
+    marked = wrong;
+  }).observe(document.body, {childList: true, subtree: true});
+}"""
 # gradio tells no handler which values a shown result belongs to
 ASKED = "(...v) => { window.taptAsked = JSON.stringify(v) }"
 RUNS = "() => { window.taptRan = window.taptAsked; return '' }"  # it was not refused
 STALE = f"""(...v) => window.taptRan && window.taptRan !== JSON.stringify(v)
   ? {json.dumps(render.note(render.EARLIER, warn=True))} : ''"""
 # after Stop or a fault, rows without an answer will not get one
-ENDED = f"""(text, rows) => [text.replace(/Running…|So far/, '{render.STOPPED}'),
-  rows.replaceAll('>{render.WAITING}<', '>{render.NOT_RUN}<')]"""
-TO_RUN = "() => document.querySelector('#run').focus()"
+ENDED = f"""(text, rows) => [text.replace(/Running…|So far/, '{results.STOPPED}'),
+  rows.replaceAll('>{results.WAITING}<', '>{results.NOT_RUN}<')]"""
 ATTACK_THIS = """element.addEventListener('click', event => {
   const button = event.target.closest('[data-attack]');
   if (button) trigger('click', {attacked: button.dataset.attack});
 })"""
+CHIPS = """const chips = () => [...element.querySelectorAll('button')];
+const act = event => {
+  const place = chips().indexOf(event.target.closest('button'));
+  const key = event.key ?? event.type, step = {ArrowLeft: -1, ArrowRight: 1}[key];
+  if (step) chips()[place + step]?.focus();
+  if (place < 0 || !['click', 'Delete', 'Backspace'].includes(key)) return;
+  new MutationObserver((_, observer) => {
+    observer.disconnect();
+    chips()[Math.min(place, chips().length - 1)]?.focus();
+  }).observe(element, {childList: true, subtree: true});
+  trigger('click', {name: chips()[place].dataset.name});
+};
+element.addEventListener('click', act);
+element.addEventListener('keydown', act);"""
 LINK = """const follow = () => { if (location.hash.startsWith('#x='))
   trigger('click', {link: location.hash.slice(3)}) };
 window.addEventListener('hashchange', follow); setTimeout(follow, 500);"""
-# gradio's own colours of these stay under the contrast that WCAG AA asks for
+# gradio's own shades of these, light and dark, stay under the contrast that WCAG AA asks for
+SHADES = {
+    "body_text_color_subdued": ("neutral", 600, 400),
+    "block_info_text_color": ("neutral", 600, 400),
+    "block_label_text_color": ("neutral", 700, 200),
+    "block_title_text_color": ("neutral", 700, 200),
+    "checkbox_border_color": ("neutral", 500, 400),
+    "input_placeholder_color": ("neutral", 500, 400),
+    "button_primary_background_fill": ("primary", 600, 600),
+    "button_primary_background_fill_hover": ("primary", 700, 700),
+}
 THEME = gr.themes.Default(
     primary_hue="indigo",
     neutral_hue="slate",
@@ -63,20 +97,10 @@ THEME = gr.themes.Default(
     font_mono=["ui-monospace", "monospace"],
 ).set(
     **{
-        name + dark: f"*neutral_{shade}"
-        for names, shades in (
-            (("body_text_color_subdued", "block_info_text_color"), (600, 400)),
-            (("block_label_text_color", "block_title_text_color"), (700, 200)),
-            (("checkbox_border_color", "input_placeholder_color"), (500, 400)),
-        )
-        for name in names
-        for dark, shade in zip(("", "_dark"), shades, strict=True)
-    },
-    **{
-        f"button_primary_background_fill{hover}{dark}": f"*primary_{shade}"
-        for hover, shade in (("", 600), ("_hover", 700))
-        for dark in ("", "_dark")
-    },
+        name + mode: f"*{hue}_{shade}"
+        for name, (hue, *shades) in SHADES.items()
+        for mode, shade in zip(("", "_dark"), shades, strict=True)
+    }
 )
 
 
@@ -98,7 +122,7 @@ def launch_options() -> dict[str, Any]:
     return {
         "theme": THEME,
         "css": (FOLDER / "style.css").read_text(encoding="utf-8"),
-        "js": TAB_LEAVES,
+        "js": KEYS,
         "run_history": False,
         "state_session_capacity": MAX_SESSIONS,
         "footer_links": ["api"],
@@ -114,7 +138,7 @@ def build_page(service: Service) -> gr.Blocks:
     first, fields, shown = service.first, dict[str, Any](), dict[str, Any]()
     # uploads live a day: a short age would delete a queued picture before its turn
     with Page(title="TAPT", delete_cache=(3600, 86400), analytics_enabled=False) as page:
-        shown["head"] = _html(render.header(first), "head")
+        shown["head"] = _html("head", render.header(first))
         shown["former"] = gr.State((first.backbone.name, first.pack.name))
         with gr.Tabs():
             with gr.Tab("Attack"), gr.Row(elem_id="columns"):
@@ -123,16 +147,11 @@ def build_page(service: Service) -> gr.Blocks:
                     _settings(fields, shown, service)
                 with gr.Column(scale=8, min_width=300, elem_id="right"):
                     _attack(fields, shown)
-                    shown["stale"] = _html("", "stale")
-                    live = '<div role="status" aria-live="polite">${value}</div>'
-                    text = render.note(render.WELCOME)
-                    shown["sentence"] = _html(text, "sentence", html_template=live)
-                    rows = render.intro(find_defenses(ANSWER))
-                    shown["rows"] = _html(rows, "rows", js_on_load=ATTACK_THIS)
+                    _results(shown)
                     _more(fields, shown)
             with gr.Tab("Evidence"):
                 _evidence(shown, first.pack.evaluation)
-        shown["link"] = _html("", "link", js_on_load=LINK)
+        shown["link"] = _html("link", js_on_load=LINK)
         runs = Runs(service, fields["image"].GRADIO_CACHE)
         add_api(runs)  # its names come first
         handlers = Handlers(service, runs, fields, shown)
@@ -142,21 +161,20 @@ def build_page(service: Service) -> gr.Blocks:
     return page.queue(max_size=MAX_WAITING)
 
 
-def _html(value: str, elem_id: str, **options: Any) -> gr.HTML:
+def _html(elem_id: str, value: str = "", **options: Any) -> gr.HTML:
     return gr.HTML(value, elem_id=elem_id, apply_default_css=False, **options)
 
 
 def _field(fields: dict, name: str, kind: Any, *values: Any, **options: Any) -> None:
     """The component of a request's field, with the words of its declaration."""
     field = Fields.model_fields[name]
-    own: Options = {"min_width": 120, "elem_id": name.replace("_", "-")}
-    own |= {"label": field.title, "info": field.description, "value": field.default}
-    if kind in (gr.Number, gr.Slider):
-        own |= _range(field)
+    words: Any = {"label": field.title, "info": field.description, "value": field.default}
+    limited = _range(field) if kind in (gr.Number, gr.Slider) else {}
+    own = {"min_width": 120, "elem_id": name.replace("_", "-"), **words, **limited}
     fields[name] = kind(*values, **{**own, **options})
 
 
-def _range(field: FieldInfo) -> dict[str, Any]:
+def _range(field: Any) -> dict[str, Any]:
     low, high = limits(field)
     return {"minimum": low, "maximum": high, "step": 1 if plain_type(field) is int else 0.0001}
 
@@ -176,36 +194,37 @@ def _picture(fields: dict, shown: dict, backbone: str) -> None:
     )
     shown["picture"] = gr.State({"path": str(first.path)})
     with gr.Row(elem_id="examples"):
-        buttons = [gr.Button(e.name, icon=e.path, size="sm", min_width=40) for e in known.EXAMPLES]
-        shown["examples"] = list(zip(known.EXAMPLES, buttons, strict=True))
-    words: Options = {
-        "label": "What is it?",
-        "info": "What counts as right. Empty: kept or changed.",
-    }
-    options: Options = {**words, "value": first.true_class, "allow_custom_value": True}
-    _field(fields, "true_class", gr.Dropdown, [("not known", "")], **options)
+        shown["examples"] = [
+            (example, gr.Button(example.name, icon=example.path, size="sm", min_width=40))
+            for example in known.EXAMPLES
+        ]
+    _field(
+        *(fields, "true_class", gr.Dropdown, [("not known", "")]),
+        label="What is it?",
+        info="What counts as right. Empty: kept or changed.",
+        value=first.true_class,
+        allow_custom_value=True,
+    )
     with gr.Accordion("It may answer …", open=False, elem_id="names") as shown["names"]:
         lists = list(known.presets(backbone))
         shown["preset"] = gr.Dropdown(lists, value=None, label="A list of names", elem_id="preset")
         info = "By commas or one per line; quotes keep commas."
-        options = {"value": known.first_names(backbone), "info": info, "lines": 2, "max_lines": 6}
-        _field(fields, "class_names", gr.Textbox, **options)
-    shown["chips"] = _html("", "chips")
+        start = {"value": known.first_names(backbone), "lines": 2, "max_lines": 6}
+        _field(fields, "class_names", gr.Textbox, info=info, **start)
+    shown["chips"] = _html("chips", js_on_load=CHIPS)
 
 
 def _settings(fields: dict, shown: dict, service: Service) -> None:
     backbone, pack = service.first.backbone.name, service.first.pack.name
     with gr.Accordion("Who answers, model, settings", open=False, elem_id="settings"):
-        options: Options = {
-            "value": list(ANSWER),
-            "info": "With the time of one answer; each gives two.",
-        }
         choices = [(row.title, row.name) for row in all_defenses()]
-        _field(fields, "defenses", gr.CheckboxGroup, choices, **options)
-        options = {"value": backbone, "allow_custom_value": service.open_backbones}
-        _field(fields, "backbone", gr.Dropdown, list(service.backbones), **options)
-        options = {"value": pack, "allow_custom_value": service.open_packs}
-        _field(fields, "pack", gr.Dropdown, service.packs(backbone), **options)
+        info = "With the time of one answer; each gives two."
+        _field(fields, "defenses", gr.CheckboxGroup, choices, value=list(ANSWER), info=info)
+        for name, value, offered, more in (
+            ("backbone", backbone, list(service.backbones), service.open_backbones),
+            ("pack", pack, service.packs(backbone), service.open_packs),
+        ):
+            _field(fields, name, gr.Dropdown, offered, value=value, allow_custom_value=more)
         _field(fields, "seed", gr.Number)
         shown["folds"] = {}
         for row in all_defenses():
@@ -219,122 +238,128 @@ def _defense(fields: dict, row: Defense, own: dict[str, Any]) -> None:
     """The settings of one defence, as its class declares them; at first the pack's own."""
     with gr.Row():
         for name, field in row.settings.model_fields.items():
-            key, kind = f"{row.name}.{name}", plain_type(field)
-            options: Options = {
-                "label": name.replace("_", " "),
-                "info": field.description,
-                "min_width": 120,
-            }
-            if kind in (int, float) and field.default is not None:
-                fields[key] = gr.Number(own[name], **options, **_range(field))
+            kind, special = plain_type(field), dict[str, Any]()
+            make: Any = gr.Textbox
+            if kind in (int, float):
+                make, special = gr.Number, _range(field)
             elif kind is bool or typing.get_origin(kind) is typing.Literal:
                 values = [True, False] if kind is bool else typing.get_args(kind)
-                choices = [(str(value).lower(), value) for value in values]
-                fields[key] = gr.Dropdown(choices, value=own[name], **options)
+                make = gr.Dropdown
+                special = {"choices": [(str(value).lower(), value) for value in values]}
+            fields[f"{row.name}.{name}"] = make(
+                value=setting_text(own[name]),
+                label=name.replace("_", " "),
+                info=field.description,
+                min_width=120,
+                **special,
+            )
 
 
 def _attack(fields: dict, shown: dict) -> None:
-    shown["run"], shown["stop"], shown["status"] = _buttons("Attack this picture", "run", "go")
+    _buttons(shown, "Attack this picture", "")
     with gr.Accordion(render.plan(FIRST, None), open=False, elem_id="plan") as shown["plan"]:
         with gr.Row():
             choices = [("none", "none"), *((row.title, name) for name, row in METHODS.items())]
             _field(fields, "attack", gr.Dropdown, choices, value=FIRST["attack"])
             _field(fields, "attacked_model", gr.Dropdown, attackable(ANSWER))
             _field(fields, "epsilon", gr.Slider)
-        shown["attack-note"] = _html("", "attack-note")
+        shown["attack-note"] = _html("attack-note")
         with gr.Row():
             _field(fields, "steps", gr.Number)
             _field(fields, "step_size", gr.Number)
-            options: Options = {"value": "", "allow_custom_value": True}
-            _field(fields, "target", gr.Dropdown, [("any other", "")], **options)
+            choices = [("any other", "")]
+            _field(fields, "target", gr.Dropdown, choices, allow_custom_value=True)
 
 
-def _buttons(text: str, run: str, row: str) -> tuple[gr.Button, gr.Button, gr.HTML]:
+def _buttons(shown: dict, text: str, suffix: str) -> None:
     """Start, Stop, and where the progress stands."""
-    with gr.Row(elem_id=row, elem_classes="t-go"):
-        start = gr.Button(text, variant="primary", elem_id=run, scale=3, min_width=180)
-        name = run.replace("run", "stop")
-        stop = gr.Button("Stop", elem_id=name, visible=False, scale=1, min_width=80)
-        return start, stop, _html("", run.replace("run", "status"), scale=5, min_width=160)
+    with gr.Row(elem_id=f"go{suffix}"):
+        start: Any = {"elem_id": f"run{suffix}", "scale": 3, "min_width": 180}
+        stop: Any = {"elem_id": f"stop{suffix}", "scale": 1, "min_width": 80}
+        shown[f"run{suffix}"] = gr.Button(text, variant="primary", **start)
+        shown[f"stop{suffix}"] = gr.Button("Stop", visible=False, **stop)
+        shown[f"status{suffix}"] = _html(f"status{suffix}", scale=5, min_width=160)
+
+
+def _results(shown: dict) -> None:
+    shown["stale"] = _html("stale")
+    live = '<div role="status" aria-live="polite">${value}</div>'
+    shown["sentence"] = _html("sentence", render.note(render.WELCOME), html_template=live)
+    about = [(row.title, row.about) for row in find_defenses(ANSWER)]
+    intro = table(("Defence", "How"), about, render.WHO, "t-table")
+    shown["rows"] = _html("rows", intro, js_on_load=ATTACK_THIS)
 
 
 def _more(fields: dict, shown: dict) -> None:
     with gr.Tabs(elem_id="more"):
         with gr.Tab("Take away"):
-            shown["take"] = _html(f'<p class="t-small">{render.TAKE}</p>', "take")
+            shown["take"] = _html("take", f'<p class="t-small">{take.ABOUT}</p>')
         with gr.Tab("Pictures"):
-            name = "Original (left) and attacked (right)"
-            options: Options = {"interactive": False, "buttons": [], "visible": False}
-            shown["slider"] = gr.ImageSlider(label=name, format="png", elem_id="slider", **options)
-            shown["pictures"] = _html("", "pictures")
+            shown["pictures"] = _html("pictures")
         with gr.Tab("Sweep"):
             with gr.Row():
                 _field(fields, "max_epsilon", gr.Number)
                 _field(fields, "epsilon_step", gr.Number)
-            names = ("run-sweep", "stop-sweep", "status-sweep")
-            parts = _buttons("Attack it with every epsilon", "run-sweep", "go-sweep")
-            shown.update(zip(names, parts, strict=True))
-            shown["falls"] = _html("", "falls")
-            options = {"y_lim": [0, 1], "x_title": "epsilon, 1/255", "height": 360, "buttons": []}
-            axes: Options = {
-                "x": "epsilon",
-                "y": "probability",
-                "color": "defence",
-                "elem_id": "curves",
-            }
-            shown["curves"] = gr.LinePlot(label="Probability of the true class", **axes, **options)
+            _buttons(shown, "Attack it with every epsilon", "-sweep")
+            shown["falls"] = _html("falls")
+            shown["curves"] = gr.LinePlot(
+                label="Probability of the true class",
+                x="epsilon",
+                y="probability",
+                color="defence",
+                x_title="epsilon, 1/255",
+                y_lim=[0, 1],
+                height=360,
+                buttons=[],
+                elem_id="curves",
+            )
             shown["points"] = gr.Dataframe(interactive=False, label="As numbers", elem_id="points")
         with gr.Tab("Words"):
-            _html(render.words(), "words")
+            _html("words", render.words())
 
 
 def _evidence(shown: dict, rows: Any) -> None:
-    (heads, cells), first = render.evidence(rows), conditions(rows)
-    _html(f'<p class="t-small">{render.RECORDED}</p>', "recorded-note")
+    first, name = evidence.conditions(rows), "Clean against attacked accuracy"
+    _html("recorded-note", f'<p class="t-small">{evidence.ABOUT}</p>')
     shown["condition"] = gr.Dropdown(label="Attack of the chart", elem_id="condition", **first)
-    chart = render.chart(rows, first["value"]) if rows else None
-    shown["chart"] = gr.Plot(chart, label="Clean against attacked accuracy", elem_id="chart")
-    kinds = ["number" if head in render.NUMBERS else "str" for head in heads]
-    options: Options = {
-        "headers": heads,
-        "datatype": kinds,
-        "show_search": "filter",
-        "interactive": False,
-    }
-    shown["evidence"] = gr.Dataframe(cells, label="Recorded rows", elem_id="recorded", **options)
+    chart = evidence.chart(rows, first["value"]) if rows else None
+    shown["chart"] = gr.Plot(chart, label=name, elem_id="chart")
+    options: Any = {"label": "Recorded rows", "show_search": "filter", "elem_id": "recorded"}
+    shown["evidence"] = gr.Dataframe(evidence.recorded(rows), interactive=False, **options)
 
 
 def _wire_runs(handlers: Handlers) -> None:
     shown, every = handlers.shown, list(handlers.fields.values())
-    named = {
-        "": (handlers.compare, ("sentence", "rows", "slider", "pictures", "take", "stop")),
-        "-sweep": (handlers.sweep, ("falls", "curves", "points", "stop-sweep")),
-    }
-    for suffix, (fn, outputs) in named.items():
-        run, stop = shown["run" + suffix], shown["stop" + suffix]
-        if not suffix:  # first: gradio comes to it when the run has ended otherwise
-            run.click(None, every, js=ASKED, **QUIET)
-            shown["sentence"].change(None, None, shown["stale"], js=RUNS, **QUIET)
-        event = run.click(
-            fn,
-            set(every),
-            [shown[name] for name in outputs],
-            show_progress_on=shown["status" + suffix],
-            trigger_mode="once",
-            validator=handlers.faults,
-            api_visibility="private",
-            preprocess=False,
-            **QUEUE,
-        )
-        event.failure(partial(gr.update, visible=False), None, stop, **QUIET)
-        halt = stop.click(partial(gr.update, visible=False), None, stop, cancels=[event], **QUIET)
-        halt.then(None, js=TO_RUN if not suffix else None, **QUIET)
-        if not suffix:
-            texts = [shown["sentence"], shown["rows"]]
-            for ended in (event.failure, stop.click):
-                ended(None, texts, texts, js=ENDED, **QUIET)
+    # first: gradio comes to it when the run has ended otherwise
+    shown["run"].click(None, every, js=ASKED, **QUIET)
+    shown["sentence"].change(None, None, shown["stale"], js=RUNS, **QUIET)
+    event = _wire_run(handlers, "", handlers.compare, "sentence rows pictures take stop")
+    texts = [shown["sentence"], shown["rows"]]
+    for ended in (event.failure, shown["stop"].click):
+        ended(None, texts, texts, js=ENDED, **QUIET)
+    _wire_run(handlers, "-sweep", handlers.sweep, "falls curves points stop-sweep")
     changes = [component.change for component in every]
     gr.on(changes, None, every, shown["stale"], js=STALE, **QUIET)
+
+
+def _wire_run(handlers: Handlers, suffix: str, fn: Any, outputs: str) -> Any:
+    shown, hide = handlers.shown, partial(gr.update, visible=False)
+    stop = shown[f"stop{suffix}"]
+    event = shown[f"run{suffix}"].click(
+        fn,
+        set(handlers.fields.values()),
+        [shown[name] for name in outputs.split()],
+        show_progress_on=shown[f"status{suffix}"],
+        trigger_mode="once",
+        validator=handlers.faults,
+        api_visibility="private",
+        preprocess=False,
+        **QUEUE,
+    )
+    event.failure(hide, None, stop, **QUIET)
+    halt = stop.click(hide, None, stop, cancels=[event], **QUIET)
+    halt.then(None, js=f"() => document.querySelector('#run{suffix}').focus()", **QUIET)
+    return event
 
 
 def _wire_inputs(handlers: Handlers, page: gr.Blocks) -> None:
@@ -359,6 +384,7 @@ def _wire_inputs(handlers: Handlers, page: gr.Blocks) -> None:
         **raw,
     )
     preset, classes = shown["preset"], fields["class_names"]
+    shown["chips"].click(handlers.remove, classes, classes, **HIDDEN)
     preset.select(handlers.preset, [preset, fields["backbone"]], classes, **HIDDEN)
     shown["rows"].click(_attack_this, None, fields["attacked_model"], **QUIET)
     outputs = [*pictures, classes, fields["true_class"], preset]
@@ -394,6 +420,6 @@ def _wire_model(handlers: Handlers) -> None:
     # asked only when somebody looks: the page itself needs no network
     pack.focus(handlers.packs, [backbone, pack], pack, preprocess=False, **HIDDEN)
     condition = shown["condition"]
-    condition.change(handlers.evidence, [condition, former], shown["chart"], **QUIET)
+    condition.change(handlers.chart, [condition, former], shown["chart"], **QUIET)
     told = {**HIDDEN, "trigger_mode": "always_last"}
     shown["link"].click(handlers.restore, None, [*fields.values(), former], **told)

@@ -29,8 +29,8 @@ OPTIONS = (
         "--backbone",
         "TAPT_BACKBONE",
         None,
-        "tiny (embedded), ViT-B-16, hf-hub:owner/repo, ..., or several by commas for the page to "
-        "choose from (default: the pack's, else tiny)",
+        "an embedded model, ViT-B-16, hf-hub:owner/repo, ..., or several by commas for the page to "
+        "choose from (default: the pack's, else an embedded one)",
     ),
     (
         "--pack",

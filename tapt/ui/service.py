@@ -109,10 +109,7 @@ class Service:
     ) -> None:
         """Loads the first model.
 
-        backbone: one name, or several by commas; default the one that the pack names, and `tiny`
-            without a pack.
-        pack: an embedded name, a folder or a Hub id; default the backbone's embedded pack, `vli`
-            first, and untrained prompts where it has none.
+        backbone, pack: as for `tapt.load`; of the backbone several names by commas, too.
         token, progress: for the Hub, as for `tapt.load`.
         allow_backbones, allow_packs: what visitors may load beside these and the embedded ones:
             names by commas, `any` or `none`.
