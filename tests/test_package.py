@@ -22,7 +22,7 @@ LATE += ["numpy", "open_clip", "pydantic", "torch"]
 def test_public_names():
     assert {name for name in tapt.__all__ if getattr(tapt, name).__doc__} == set(tapt.__all__)
     assert set(tapt.__all__) <= set(dir(tapt))
-    assert tapt.list_packs() == ["tiny/v", "tiny/vli", "tiny/vlj"]
+    assert tapt.list_packs() == ["small/vli", "tiny/v", "tiny/vli", "tiny/vlj"]
     assert tapt.list_defenses()[:4] == ["clip", "static", "ensemble", "tapt"]
     assert "pgd" in tapt.list_attacks()
     with pytest.raises(AttributeError, match="has no attribute 'lod'"):

@@ -304,11 +304,11 @@ def test_a_model_that_is_not_there_leaves_the_former_one(page: Page):
     unfold(page, "settings")
     choose(page, "backbone", "ViT-B-16")
     assert "not in the local cache" in message(page)
-    expect(page.locator("#backbone input")).to_have_value("tiny")
+    expect(page.locator("#backbone input")).to_have_value("small")
     page.locator("#pack input").fill("<b>pack</b>")
     page.locator("#pack input").press("Enter")
     assert "<b>pack</b>" in message(page)
-    expect(page.locator("#pack input")).to_have_value("tiny/vli")
+    expect(page.locator("#pack input")).to_have_value("small/vli")
     choose(page, "pack", "untrained prompts")
     expect(page.locator("#model-line .t-badge")).to_have_text("untrained prompts")
     fill(page, pack="untrained prompts")
@@ -330,7 +330,7 @@ def test_take_away(page: Page, server: str, tmp_path: Path):
     assert numbers["settings"]["test_time"]["ensemble"] == {"views": 8, "keep": 0.5}
     (tmp_path / "attacked.png").write_bytes(saved(page, "Attacked picture"))
     with Image.open(tmp_path / "attacked.png") as attacked:
-        assert (attacked.format, attacked.size, attacked.mode) == ("PNG", (32, 32), "RGB")
+        assert (attacked.format, attacked.size, attacked.mode) == ("PNG", (64, 64), "RGB")
     table = list(csv.DictReader(io.StringIO(saved(page, "The rows").decode())))
     assert [row["defence"] for row in table] == ["clip", "clip", "ensemble", "ensemble"]
     link = page.get_by_role("link", name="Link to these inputs")

@@ -125,7 +125,7 @@ def test_compare_and_analyze_return_every_value(client: Client):
     assert "The true class is dog." in verdict
     assert "PGD-2 on Static prompts, epsilon 2/255" in table
     clean, attacked = (np.asarray(Image.open(path), int) for path in pictures)
-    assert clean.shape == attacked.shape == (32, 32, 3)
+    assert clean.shape == attacked.shape == (64, 64, 3)
     assert (result["label"], result["label_given"]) == ("dog", True)
     assert result["settings"]["test_time"]["tapt"]["views"] == 4
     assert 1 <= result["linf_255"] == np.abs(clean - attacked).max() <= 2
@@ -200,7 +200,7 @@ def test_an_agent_has_two_tools_and_gets_short_json(server: str):
     assert result["defenses"]["clip"]["state"] in ("held", "fooled", "wrong before", "recovered")
     assert result["settings"]["target"] == "teapot"
     png = Image.open(io.BytesIO(base64.b64decode(image.data)))
-    assert (image.mimeType, png.size) == ("image/png", (32, 32))
+    assert (image.mimeType, png.size) == ("image/png", (64, 64))
     result = json.loads(sweep.content[0].text)
     assert (result["epsilons"], len(result["probabilities"]["tapt"])) == ([0, 1, 2], 3)
     assert refused.isError
@@ -272,12 +272,12 @@ def test_sweep_refuses_in_words(server: str, values: dict, message: str):
         ({"true_class": "<i>bird</i>"}, "&lt;i&gt;bird&lt;/i&gt;' is not one of the class names"),
         ({"attack": "pgd", "target": "bird"}, "The target 'bird' is not one of the class names"),
         ({"attack": "apgd", "target": "dog", "true_class": "cat"}, "cannot aim at a class"),
-        ({"backbone": "local-dir:/etc"}, "This page offers the backbones tiny"),
+        ({"backbone": "local-dir:/etc"}, "This page offers the backbones small, tiny"),
         ({"pack": "/etc"}, "This page offers the packs"),
-        ({"pack": "../prompts/tiny/vli"}, "This page offers the packs"),
+        ({"pack": "../prompts/small/vli"}, "This page offers the packs"),
         ({"pack": 3}, "pack must be text"),
         ({"pack": "x" * 1000}, "at most 200 characters"),
-        ({"backbone": "a\0b"}, "This page offers the backbones tiny"),
+        ({"backbone": "a\0b"}, "This page offers the backbones small, tiny"),
         ({"pack": "a\0b/c"}, "This page offers the packs"),
     ],
 )
@@ -436,10 +436,10 @@ def test_a_run_is_told_as_long_as_the_last_one_was(service: Service):
 def test_visitors_load_what_the_server_allows(toy_folder: Path, monkeypatch: pytest.MonkeyPatch):
     name = f"local-dir:{toy_folder.name}"
     closed = Service(f"local-dir:{toy_folder}", device="cpu")
-    assert list(closed.backbones) == [name, "tiny"]
+    assert list(closed.backbones) == [name, "small", "tiny"]
     assert closed.model("tiny").pack.name == "tiny/vli"
     for backbone in ("ViT-B-16", "hf-hub:someone/clip", "random:ViT-B-32"):
-        with pytest.raises(InputError, match=f"offers the backbones {name}, tiny; got"):
+        with pytest.raises(InputError, match=f"offers the backbones {name}, small, tiny; got"):
             closed.model(backbone)
     with pytest.raises(InputError, match=r"offers the packs untrained prompts; got 'owner/repo'"):
         closed.model("", "owner/repo")
@@ -447,7 +447,7 @@ def test_visitors_load_what_the_server_allows(toy_folder: Path, monkeypatch: pyt
 
     monkeypatch.setattr("tapt.ui.service.load_pack", lambda *values, **options: 1 / 0)
     some = Service("tiny", device="cpu", allow_packs="owner/repo", allow_backbones="ViT-B-16")
-    assert list(some.backbones) == ["tiny", "ViT-B-16"]
+    assert list(some.backbones) == ["tiny", "small", "ViT-B-16"]
     for pack in ("owner/repo", "owner/repo@v1"):
         with pytest.raises(ZeroDivisionError):
             some.model("", pack)
