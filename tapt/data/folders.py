@@ -16,8 +16,8 @@ MAX_MEMBER_BYTES = 500_000_000
 
 
 def from_folder(folder: Path, source: str) -> LabelledImages:
-    """Images at `<class>/<image>` of a folder, `_` in a class standing for a space; `DataError` where
-    there are none, or where they are in parts such as train and test."""
+    """Images at `<class>/<image>` of a folder; `DataError` where there are none, or where they are
+    in parts such as train and test."""
 
     def images(pattern: str) -> list[PurePosixPath]:
         return _images(p.relative_to(folder).as_posix() for p in folder.glob(pattern))
@@ -76,5 +76,4 @@ def _labelled(files: Sequence[Path | zipfile.Path], source: str) -> LabelledImag
     check_classes(classes, source)
     index = {name: i for i, name in enumerate(classes)}
     labels = [index[name] for name in own]
-    classes = [name.replace("_", " ") for name in classes]
     return labelled_files(classes, labels, files, f"in {source!r}", Path(source).stem)

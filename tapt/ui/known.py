@@ -33,10 +33,10 @@ class Example(NamedTuple):
 
 EXAMPLES = [
     Example("Horse", "tuxpaint-gpl2/horse.png", "horse"),
-    Example("Plane", "tuxpaint-gpl2/airplane.png", "airplane"),
     Example("Frog", "tuxpaint-gpl2/frog.png", "frog"),
-    Example("Truck", "tuxpaint-gpl2/fire-truck.png", "fire truck", "fire truck, car, plane, ship"),
-    Example("Coffee", "coffee.png", "cup of coffee", "cup of coffee, teapot, cat, dog"),
+    Example("Truck", "tuxpaint-gpl2/fire-truck.png", "fire truck", "fire truck, ship, pizza, dog"),
+    Example("Coffee", "coffee.png", "espresso", "espresso, teapot, plate, ice cream, frying pan"),
+    Example("Rocket", "rocket.png", "rocket", "rocket, banana, cathedral, person, tree"),
 ]
 
 
