@@ -19,8 +19,6 @@ from tapt.core.backbone import Backbone
 from tapt.core.clip import PromptedClip
 from tapt.core.errors import InputError, PackError
 from tapt.core.images import to_float, to_picture
-from tapt.core.progress import Progress as Report
-from tapt.core.progress import quiet
 from tapt.core.views import image_seeds
 from tapt.data.names import parse_classes
 from tapt.data.pictures import open_image
@@ -37,6 +35,8 @@ from tapt.defenses.deployed import attack_batch
 from tapt.packs.backbones import is_public, load_backbone
 from tapt.packs.format import Pack, default_pack, open_pack
 from tapt.packs.hub import Origin, Token
+from tapt.progress import Progress as Report
+from tapt.progress import quiet
 from tapt.running import Progress, in_thread
 
 ATTACKED_MODELS = ("clip", "static", "deployed")

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from tapt.core.errors import Cancelled
-from tapt.core.progress import Progress as Report
+from tapt.progress import Progress as Report
 
 T = TypeVar("T")
 R = TypeVar("R")

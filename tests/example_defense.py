@@ -6,9 +6,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from tapt.core.progress import Progress, quiet
 from tapt.core.settings import Settings
 from tapt.defenses import Defense, ImageBatch, PreparedDefense
+from tapt.progress import Progress, quiet
 
 
 class FlipSettings(Settings):

@@ -16,6 +16,7 @@ ROWS = [  # what stands above may import what stands below, never its own row
     ["packs", "data", "defenses"],
     ["files", "processes", "running"],
     ["core"],
+    ["progress"],
 ]
 HEIGHT = {name: -row for row, names in enumerate(ROWS) for name in names}
 HEAVY = ("gradio", "huggingface_hub", "accelerate", "matplotlib")

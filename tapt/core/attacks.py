@@ -20,9 +20,9 @@ from tapt.core.algorithms import CW, CW_WEIGHTS, AttackedModel, AutoAttack, Draw
 from tapt.core.clip import Classifier
 from tapt.core.errors import InputError
 from tapt.core.images import to_float
-from tapt.core.progress import Progress, quiet
 from tapt.core.settings import Settings
 from tapt.core.views import generators, image_seeds
+from tapt.progress import Progress, quiet
 
 ONE = 1 / 255 - 1e-9
 EPSILON: dict[str, Any] = {"rule": "a number from 1/255 to 1", "fraction": True}

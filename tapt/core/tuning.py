@@ -23,10 +23,10 @@ from tapt.core.losses import (
     select_views,
     view_statistics,
 )
-from tapt.core.progress import Clock, Progress, counted, quiet
 from tapt.core.prompts import ClassTexts, Prompts, image_logits, logits
 from tapt.core.settings import Settings
 from tapt.core.towers import encode_image
+from tapt.progress import Clock, Progress, counted, quiet
 
 # settings that several defences have
 Views = Annotated[int, Field(ge=1, le=1024, description="the image and random crops of it")]

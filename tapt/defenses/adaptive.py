@@ -22,10 +22,10 @@ from torch import Tensor
 from tapt.core.algorithms import margin
 from tapt.core.attacks import Attack, attack_images
 from tapt.core.images import to_float
-from tapt.core.progress import Progress
 from tapt.core.settings import Settings
 from tapt.core.views import generators, image_seeds, make_views
 from tapt.defenses.base import ImageBatch, PreparedDefense, State, images_per_pass
+from tapt.progress import Progress
 
 MOMENTUM, FIRST_STEP = 0.75, 0.5  # the first step's size is a share of epsilon
 CROPS = 4

@@ -14,11 +14,11 @@ from torch import Generator, Tensor
 from tapt.core.backbone import Backbone
 from tapt.core.clip import Classifier, PromptedClip
 from tapt.core.errors import InputError
-from tapt.core.progress import Progress, counted, quiet
 from tapt.core.prompts import ClassTexts
 from tapt.core.settings import Settings
 from tapt.core.tuning import encode_views
 from tapt.core.views import generators, make_views
+from tapt.progress import Progress, counted, quiet
 
 T = TypeVar("T")
 Trace = Mapping[str, Any]

@@ -26,7 +26,6 @@ from tapt.core.backbone import Backbone
 from tapt.core.clip import PromptedClip
 from tapt.core.images import to_picture, to_uint8
 from tapt.core.losses import entropy, kept_of
-from tapt.core.progress import Progress, counted, quiet
 from tapt.core.prompts import DEFAULT_TEMPLATE, PromptConfig
 from tapt.core.settings import Settings
 from tapt.core.towers import encode_text
@@ -41,6 +40,7 @@ from tapt.defenses.base import (
 )
 from tapt.defenses.changes import straight_through
 from tapt.defenses.features import encode_unit, similarity
+from tapt.progress import Progress, counted, quiet
 
 CROPS, NOISES, QUALITIES = 16, 6, (50, 60, 75)
 VIEWS = 32

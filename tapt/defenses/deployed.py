@@ -12,10 +12,10 @@ from torch import Generator, Tensor
 from tapt.core.attacks import Attack, attack_images
 from tapt.core.clip import Classifier, PromptedClip
 from tapt.core.images import to_float
-from tapt.core.progress import Progress, quiet
 from tapt.core.views import generators, image_seeds
 from tapt.defenses.adaptive import Adaptive, Search, is_adaptive
 from tapt.defenses.base import ImageBatch, PreparedDefense
+from tapt.progress import Progress, quiet
 
 
 class Deployed(Classifier):

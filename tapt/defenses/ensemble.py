@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from tapt.core.losses import entropy, kept_of, log_mean_probability, select_views
-from tapt.core.progress import Progress, quiet
 from tapt.core.settings import Settings
 from tapt.core.tuning import Keep, Views
 from tapt.defenses.base import (
@@ -18,6 +17,7 @@ from tapt.defenses.base import (
     crops,
     register,
 )
+from tapt.progress import Progress, quiet
 
 
 class EnsembleSettings(Settings):

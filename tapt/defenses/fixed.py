@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tapt.core.progress import Progress, quiet
 from tapt.defenses.base import Defense, ImageBatch, PreparedDefense, register
+from tapt.progress import Progress, quiet
 
 
 class VanillaClip(PreparedDefense):

@@ -10,10 +10,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tapt.core.clip import PromptedClip
 from tapt.core.losses import entropy, kept_of, select_views
-from tapt.core.progress import quiet
 from tapt.core.prompts import Prompts
 from tapt.core.tuning import Objective, TuneConfig
 from tapt.defenses.base import ImageBatch
+from tapt.progress import quiet
 
 
 def smooth_tuning(

@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tapt.core.clip import PromptedClip
 from tapt.core.losses import kept_views_count
-from tapt.core.progress import Progress, quiet
 from tapt.core.prompts import Prompts, init_prompts, logits
 from tapt.core.tuning import Losses, TuneConfig, Tuned, tune
 from tapt.defenses.base import (
@@ -24,6 +23,7 @@ from tapt.defenses.base import (
     register,
 )
 from tapt.defenses.surrogates import smooth_tuning
+from tapt.progress import Progress, quiet
 
 
 class TaptSettings(TuneConfig):

@@ -12,12 +12,12 @@ from pydantic import Field
 from torch import Tensor
 
 from tapt.core.losses import kept_of, log_mean_probability
-from tapt.core.progress import Progress, quiet
 from tapt.core.prompts import Prompts
 from tapt.defenses.base import Defense, ImageBatch, Prediction, State, crops, register
 from tapt.defenses.features import encode_unit, reliability, similarity, weighted
 from tapt.defenses.surrogates import smooth_tuning
 from tapt.defenses.tapt import Tapt, TaptSettings, trace_of
+from tapt.progress import Progress, quiet
 
 
 class TaptEnsembleSettings(TaptSettings):

@@ -29,7 +29,6 @@ from torch import Tensor
 
 from tapt.core.clip import PromptedClip
 from tapt.core.losses import entropy, kept_of, kept_views_count
-from tapt.core.progress import Progress, counted, quiet
 from tapt.core.prompts import DEFAULT_TEMPLATE, class_texts
 from tapt.core.settings import Settings
 from tapt.defenses.base import (
@@ -60,6 +59,7 @@ from tapt.defenses.context import (
     view_weights,
 )
 from tapt.defenses.features import encode_unit, reliability, similarity, view_features, weighted
+from tapt.progress import Progress, counted, quiet
 
 
 def views_of(batch: ImageBatch, settings: Any) -> Tensor:

@@ -23,7 +23,6 @@ from torch.nn.functional import softsign
 
 from tapt.core.backbone import Backbone
 from tapt.core.clip import PromptedClip
-from tapt.core.progress import Progress, counted, quiet
 from tapt.core.settings import Settings
 from tapt.core.towers import encode_image
 from tapt.defenses.base import (
@@ -35,6 +34,7 @@ from tapt.defenses.base import (
     images_per_pass,
     register,
 )
+from tapt.progress import Progress, counted, quiet
 
 EPSILON: JsonDict = {"rule": "a number from 0 to 1", "fraction": True}
 SHOWN = 64  # pixels; a larger perturbation would swell the JSON

@@ -31,7 +31,6 @@ from tapt.core.backbone import Backbone
 from tapt.core.clip import PromptedClip
 from tapt.core.errors import InputError, TaptError
 from tapt.core.losses import Statistics, TokenStatistics
-from tapt.core.progress import Clock, quiet
 from tapt.core.prompts import PromptConfig, init_prompts
 from tapt.core.settings import Settings
 from tapt.core.tuning import TuneConfig, Views, views_per_pass
@@ -43,6 +42,7 @@ from tapt.defenses.text_prompts import Tpt
 from tapt.evaluation.plain import plain_tune
 from tapt.model import Selection
 from tapt.packs.backbones import load_backbone
+from tapt.progress import Clock, quiet
 
 FAST, SLOW = "fast", "straightforward"
 FAST_ALONE = 1000  # from this many classes on, the straightforward path needs about 47 GB

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from tapt.core.clip import PromptedClip
-from tapt.core.progress import Clock
 from tapt.core.prompts import Prompts, class_texts
 from tapt.core.towers import encode_image, encode_text
 from tapt.core.tuning import TuneConfig
+from tapt.progress import Clock
 
 
 def plain_tune(

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from tapt.core.clip import PromptedClip
 from tapt.core.losses import log_mean_probability
-from tapt.core.progress import Progress, quiet
 from tapt.defenses import ImageBatch, PreparedDefense
 from tapt.defenses.base import State
 from tapt.defenses.features import encode_unit, similarity
+from tapt.progress import Progress, quiet
 
 
 class Masked(PreparedDefense):

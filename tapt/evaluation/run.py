@@ -21,7 +21,6 @@ import torch
 from tapt.comparison import versions
 from tapt.core.attacks import Attack
 from tapt.core.errors import InputError
-from tapt.core.progress import Progress, quiet
 from tapt.data import LabelledImages, digest, load_data
 from tapt.defenses import all_defenses, find_defenses
 from tapt.defenses.adaptive import Adaptive
@@ -38,6 +37,7 @@ from tapt.files import check_output
 from tapt.model import ATTACKED_MODELS, Changes, Model, Selection
 from tapt.packs.rows import text_table
 from tapt.processes import start_processes
+from tapt.progress import Progress, quiet
 
 Source = LabelledImages | str | os.PathLike[str]
 
