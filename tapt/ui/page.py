@@ -1,10 +1,8 @@
-"""Layout and wiring of the page."""
+"""Layout of the page."""
 
 from __future__ import annotations
 
-import json
 import typing
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,95 +10,24 @@ import gradio as gr
 
 from tapt.core.attacks import METHODS
 from tapt.core.settings import limits, plain_type
-from tapt.data.pictures import open_image
 from tapt.defenses import Defense, all_defenses, find_defenses
-from tapt.ui import evidence, known, render, results, take
+from tapt.ui import evidence, known, render, take
 from tapt.ui.api import add_api
-from tapt.ui.background import QUEUE, Runs
+from tapt.ui.background import Runs
+from tapt.ui.browser import ATTACK_THIS, CHIPS, KEYS, LINK, THEME
 from tapt.ui.details import table
 from tapt.ui.handlers import Handlers, attackable
 from tapt.ui.inputs import MAX_BYTES, Fields, refusal, setting_text
 from tapt.ui.service import Service
+from tapt.ui.wiring import wire
 
 FOLDER = Path(__file__).parent
 MAX_WAITING, MAX_SESSIONS = 32, 50  # of a session gradio keeps the last results
 ANSWER = ("clip", "static", "ensemble", "tapt", "tapt-ensemble", "rtpt", "ttc")
 FIRST = {"attack": "pgd", "epsilon": 4, "attacked_model": "clip"}
-HIDDEN: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-QUIET: dict[str, Any] = {**HIDDEN, "queue": False}
 UNFIT = (
     "This request does not fit: send every parameter in the order of /gradio_api/info, and "
     "pictures as uploaded files or data: URLs."
-)
-# gradio's dropdown would open its list again when Tab leaves it, or lose the focus to a long one;
-# its fields show an error and do not say so
-KEYS = """() => {
-  document.addEventListener("keydown", event => {
-    if (event.key !== "Tab" || event.target.role !== "combobox") return;
-    event.stopPropagation();
-    document.querySelectorAll("[role=listbox]").forEach(list => list.tabIndex = -1);
-  }, true);
-  let marked = [];
-  new MutationObserver(() => {
-    const wrong = [...document.querySelectorAll("div.validation-error")]
-      .map(error => error.closest(".block").querySelector("textarea, input")).filter(Boolean);
-    marked.forEach(field => wrong.includes(field) || field.removeAttribute("aria-invalid"));
-    wrong.forEach(field => field.setAttribute("aria-invalid", true));
-    if (wrong.length && !wrong.some(field => marked.includes(field))) wrong[0].focus();
-    marked = wrong;
-  }).observe(document.body, {childList: true, subtree: true});
-}"""
-# gradio tells no handler which values a shown result belongs to
-ASKED = "(...v) => { window.taptAsked = JSON.stringify(v) }"
-RUNS = "() => { window.taptRan = window.taptAsked; return '' }"  # it was not refused
-STALE = f"""(...v) => window.taptRan && window.taptRan !== JSON.stringify(v)
-  ? {json.dumps(render.note(render.EARLIER, warn=True))} : ''"""
-# after Stop or a fault, rows without an answer will not get one
-ENDED = f"""(text, rows) => [text.replace(/Running…|So far/, '{results.STOPPED}'),
-  rows.replaceAll('>{results.WAITING}<', '>{results.NOT_RUN}<')]"""
-ATTACK_THIS = """element.addEventListener('click', event => {
-  const button = event.target.closest('[data-attack]');
-  if (button) trigger('click', {attacked: button.dataset.attack});
-})"""
-CHIPS = """const chips = () => [...element.querySelectorAll('button')];
-const act = event => {
-  const place = chips().indexOf(event.target.closest('button'));
-  const key = event.key ?? event.type, step = {ArrowLeft: -1, ArrowRight: 1}[key];
-  if (step) chips()[place + step]?.focus();
-  if (place < 0 || !['click', 'Delete', 'Backspace'].includes(key)) return;
-  new MutationObserver((_, observer) => {
-    observer.disconnect();
-    chips()[Math.min(place, chips().length - 1)]?.focus();
-  }).observe(element, {childList: true, subtree: true});
-  trigger('click', {name: chips()[place].dataset.name});
-};
-element.addEventListener('click', act);
-element.addEventListener('keydown', act);"""
-LINK = """const follow = () => { if (location.hash.startsWith('#x='))
-  trigger('click', {link: location.hash.slice(3)}) };
-window.addEventListener('hashchange', follow); setTimeout(follow, 500);"""
-# gradio's own shades of these, light and dark, stay under the contrast that WCAG AA asks for
-SHADES = {
-    "body_text_color_subdued": ("neutral", 600, 400),
-    "block_info_text_color": ("neutral", 600, 400),
-    "block_label_text_color": ("neutral", 700, 200),
-    "block_title_text_color": ("neutral", 700, 200),
-    "checkbox_border_color": ("neutral", 500, 400),
-    "input_placeholder_color": ("neutral", 500, 400),
-    "button_primary_background_fill": ("primary", 600, 600),
-    "button_primary_background_fill_hover": ("primary", 700, 700),
-}
-THEME = gr.themes.Default(
-    primary_hue="indigo",
-    neutral_hue="slate",
-    font=["system-ui", "sans-serif"],
-    font_mono=["ui-monospace", "monospace"],
-).set(
-    **{
-        name + mode: f"*{hue}_{shade}"
-        for name, (hue, *shades) in SHADES.items()
-        for mode, shade in zip(("", "_dark"), shades, strict=True)
-    }
 )
 
 
@@ -154,10 +81,7 @@ def build_page(service: Service) -> gr.Blocks:
         shown["link"] = _html("link", js_on_load=LINK)
         runs = Runs(service, fields["image"].GRADIO_CACHE)
         add_api(runs)  # its names come first
-        handlers = Handlers(service, runs, fields, shown)
-        _wire_runs(handlers)
-        _wire_inputs(handlers, page)
-        _wire_model(handlers)
+        wire(Handlers(service, runs, fields, shown), page)
     return page.queue(max_size=MAX_WAITING)
 
 
@@ -326,100 +250,3 @@ def _evidence(shown: dict, rows: Any) -> None:
     shown["chart"] = gr.Plot(chart, label=name, elem_id="chart")
     options: Any = {"label": "Recorded rows", "show_search": "filter", "elem_id": "recorded"}
     shown["evidence"] = gr.Dataframe(evidence.recorded(rows), interactive=False, **options)
-
-
-def _wire_runs(handlers: Handlers) -> None:
-    shown, every = handlers.shown, list(handlers.fields.values())
-    # first: gradio comes to it when the run has ended otherwise
-    shown["run"].click(None, every, js=ASKED, **QUIET)
-    shown["sentence"].change(None, None, shown["stale"], js=RUNS, **QUIET)
-    event = _wire_run(handlers, "", handlers.compare, "sentence rows pictures take stop")
-    texts = [shown["sentence"], shown["rows"]]
-    for ended in (event.failure, shown["stop"].click):
-        ended(None, texts, texts, js=ENDED, **QUIET)
-    _wire_run(handlers, "-sweep", handlers.sweep, "falls curves points stop-sweep")
-    changes = [component.change for component in every]
-    gr.on(changes, None, every, shown["stale"], js=STALE, **QUIET)
-
-
-def _wire_run(handlers: Handlers, suffix: str, fn: Any, outputs: str) -> Any:
-    shown, hide = handlers.shown, partial(gr.update, visible=False)
-    stop = shown[f"stop{suffix}"]
-    event = shown[f"run{suffix}"].click(
-        fn,
-        set(handlers.fields.values()),
-        [shown[name] for name in outputs.split()],
-        show_progress_on=shown[f"status{suffix}"],
-        trigger_mode="once",
-        validator=handlers.faults,
-        api_visibility="private",
-        preprocess=False,
-        **QUEUE,
-    )
-    event.failure(hide, None, stop, **QUIET)
-    halt = stop.click(hide, None, stop, cancels=[event], **QUIET)
-    halt.then(None, js=f"() => document.querySelector('#run{suffix}').focus()", **QUIET)
-    return event
-
-
-def _wire_inputs(handlers: Handlers, page: gr.Blocks) -> None:
-    fields, shown = handlers.fields, handlers.shown
-    image, raw = fields["image"], {**QUIET, "preprocess": False}
-    pictures = [image, shown["picture"]]
-    # queued, since the browser shows no word of a call that is not
-    told = {**HIDDEN, "preprocess": False}
-    image.upload(handlers.picture, pictures, pictures, **told)
-    names = ["class_names", "backbone", "attack", "attacked_model", "epsilon", "steps", "defenses"]
-    names += [name for name in fields if name.endswith(".views")]
-    changes = [fields[name].change for name in names]
-    follow = ["epsilon", "attacked_model", "step_size", "target", "true_class", "defenses"]
-    outputs = [shown[name] for name in ("chips", "names", "plan", "attack-note")]
-    outputs += [*(fields[name] for name in follow), *shown["folds"].values()]
-    gr.on(
-        [page.load, shown["sentence"].change, *changes],
-        handlers.refresh,
-        set(fields.values()),
-        outputs,
-        trigger_mode="always_last",
-        **raw,
-    )
-    preset, classes = shown["preset"], fields["class_names"]
-    shown["chips"].click(handlers.remove, classes, classes, **HIDDEN)
-    preset.select(handlers.preset, [preset, fields["backbone"]], classes, **HIDDEN)
-    shown["rows"].click(_attack_this, None, fields["attacked_model"], **QUIET)
-    outputs = [*pictures, classes, fields["true_class"], preset]
-    for example, button in shown["examples"]:
-        button.click(partial(_example, example), fields["backbone"], outputs, **raw)
-
-
-def _attack_this(event: gr.EventData) -> Any:
-    return getattr(event, "attacked", None) or gr.skip()
-
-
-def _example(example: known.Example, backbone: str) -> tuple:
-    names = example.classes or known.first_names(backbone)
-    path = {"path": str(example.path)}
-    return open_image(example.path), path, names, example.true_class, None
-
-
-def _wire_model(handlers: Handlers) -> None:
-    fields, shown = handlers.fields, handlers.shown
-    backbone, pack, former = fields["backbone"], fields["pack"], shown["former"]
-    outputs = [backbone, pack, former]
-    outputs += [shown[name] for name in ("head", "preset", "evidence", "condition")]
-    gr.on(
-        [backbone.input, pack.input],
-        handlers.choose,
-        [backbone, pack, former],
-        [*outputs, *(fields[name] for name in fields if "." in name)],
-        preprocess=False,
-        concurrency_limit=None,  # a download keeps nobody else waiting
-        show_progress_on=backbone,
-        api_visibility="private",
-    )
-    # asked only when somebody looks: the page itself needs no network
-    pack.focus(handlers.packs, [backbone, pack], pack, preprocess=False, **HIDDEN)
-    condition = shown["condition"]
-    condition.change(handlers.chart, [condition, former], shown["chart"], **QUIET)
-    told = {**HIDDEN, "trigger_mode": "always_last"}
-    shown["link"].click(handlers.restore, None, [*fields.values(), former], **told)
