@@ -314,6 +314,9 @@ def test_a_model_that_is_not_there_leaves_the_former_one(page: Page):
     fill(page, pack="untrained prompts")
     finish(page)
     expect(page.locator("#rows")).to_contain_text("Static prompts, untrained prompts")
+    tab(page, "Evidence")
+    expect(page.locator("#condition")).to_be_visible()
+    expect(page.locator("#chart")).to_be_hidden()
 
 
 @pytest.mark.parametrize(

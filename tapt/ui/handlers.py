@@ -238,7 +238,8 @@ class Handlers:
     def chart(self, chosen: str, former: tuple[str, str]) -> Any:
         """The chart of one condition of the pack's recorded rows."""
         model = self.service.at_hand(*former)
-        return evidence.chart(model.pack.evaluation, chosen) if model and chosen else None
+        figure = evidence.chart(model.pack.evaluation, chosen) if model and chosen else None
+        return gr.Plot(figure, visible=figure is not None)
 
     def restore(self, event: gr.EventData) -> Updates:
         """The inputs of a link."""

@@ -247,6 +247,6 @@ def _evidence(shown: dict, rows: Any) -> None:
     _html("recorded-note", f'<p class="t-small">{evidence.ABOUT}</p>')
     shown["condition"] = gr.Dropdown(label="Attack of the chart", elem_id="condition", **first)
     chart = evidence.chart(rows, first["value"]) if rows else None
-    shown["chart"] = gr.Plot(chart, label=name, elem_id="chart")
+    shown["chart"] = gr.Plot(chart, label=name, elem_id="chart", visible=bool(rows))
     options: Any = {"label": "Recorded rows", "show_search": "filter", "elem_id": "recorded"}
     shown["evidence"] = gr.Dataframe(evidence.recorded(rows), interactive=False, **options)
