@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from tapt.core.attacks import METHODS, l2_norm, linf_255
-from tapt.defenses import find_defenses
+from tapt.defenses import find_defense
 
 UNTRAINED = "untrained prompts"
 
@@ -99,7 +99,7 @@ class Comparison:
 
     def title(self, defense: str) -> str:
         """A defence's name for people."""
-        (row,) = find_defenses([defense])
+        row = find_defense(defense)
         untrained = row.uses_prompts and not self.settings["trained"]
         return f"{row.title}, {UNTRAINED}" if untrained else row.title
 
@@ -187,7 +187,7 @@ def attacked_title(attacked: str) -> str:
     if attacked == "deployed":
         return "each defence as deployed"
     kind, _, name = attacked.partition(":")
-    title = find_defenses([name or kind])[0].title
+    title = find_defense(name or kind).title
     return f"{title} as deployed" if name else title
 
 

@@ -28,6 +28,7 @@ from tapt.defenses import (
     Prediction,
     PreparedDefense,
     all_defenses,
+    find_defense,
     find_defenses,
 )
 from tapt.defenses.adaptive import Adaptive
@@ -35,9 +36,8 @@ from tapt.defenses.deployed import attack_batch
 from tapt.packs.backbones import is_public, load_backbone
 from tapt.packs.format import Pack, default_pack, open_pack
 from tapt.packs.hub import Origin, Token
-from tapt.progress import Progress as Report
-from tapt.progress import quiet
-from tapt.running import Progress, in_thread
+from tapt.progress import Progress, quiet
+from tapt.running import Phase, in_thread
 
 ATTACKED_MODELS = ("clip", "static", "deployed")
 DEFAULT = "small/vli"
@@ -144,8 +144,8 @@ class Model:
 
     def compare_steps(
         self, image: Picture, classes: str | Sequence[str], **options: Any
-    ) -> Iterator[tuple[Progress, Comparison]]:
-        """Attacks one picture, asks every defence, and yields (progress, results so far).
+    ) -> Iterator[tuple[Phase, Comparison]]:
+        """Attacks one picture, asks every defence, and yields (phase, results so far).
 
         Vanilla CLIP's answers come first. Closing the generator stops the computation between two
         steps of the attack or two passes of a defence.
@@ -174,7 +174,7 @@ class Model:
             result.attacked = attacked[0]
             result.seconds["attack"] = time.perf_counter() - began
             batches["attacked"] = task.batch(attacked)
-            yield Progress("attack", 1, 1), result
+            yield Phase("attack", 1, 1), result
 
         for name in task.prepared:
             for kind, batch in batches.items():
@@ -182,20 +182,20 @@ class Model:
                     yield from self._answer(result, task, name, kind, batch)
         result.seconds["total"] = time.perf_counter() - start
         result.finished = True
-        yield Progress("finished", 1, 1), result
+        yield Phase("finished", 1, 1), result
 
     def _answer(
         self, result: Comparison, task: Task, name: str, kind: str, batch: ImageBatch
-    ) -> Iterator[tuple[Progress, Comparison]]:
+    ) -> Iterator[tuple[Phase, Comparison]]:
         """Asks one defence about one image, and yields beside its progress."""
-        title = find_defenses([name])[0].title
+        title = find_defense(name).title
         prediction, seconds = yield from in_thread(
             title, result, partial(timed, task.prepared[name], batch, self)
         )
         trace = {key: plain(value, 0) for key, value in prediction.trace.items()}
         answer = Answer(result.classes, prediction.probabilities[0], trace, seconds)
         setattr(result[name], kind, answer)
-        yield Progress(title, 1, 1), result
+        yield Phase(title, 1, 1), result
 
     def floats(self, pixels: Tensor) -> Tensor:
         """uint8 images in [0, 1], in the backbone's place and type."""
@@ -262,7 +262,7 @@ class Task:
         """The picture, attacked or not, for the defences."""
         return ImageBatch(self.model.floats(pixels), image_seeds(self.seed, [0]))
 
-    def attacked_by(self, attack: Attack, on_progress: Report) -> Tensor:
+    def attacked_by(self, attack: Attack, on_progress: Progress) -> Tensor:
         """The attacked picture, uint8 (1, 3, S, S)."""
         targets = None
         if self.target is not None:
@@ -303,7 +303,7 @@ def timed(
     defense: PreparedDefense,
     batch: ImageBatch,
     model: Model,
-    report: Report = quiet,
+    report: Progress = quiet,
 ) -> tuple[Prediction, float]:
     """A defence's answers, and the seconds that it would have taken alone.
 
@@ -325,7 +325,7 @@ def load(
     revision: str | None = None,
     device: str | None = None,
     token: Token = False,
-    progress: Report | None = None,
+    progress: Progress | None = None,
 ) -> Model:
     """Loads a model.
 

@@ -10,33 +10,33 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from tapt.core.errors import Cancelled
-from tapt.progress import Progress as Report
+from tapt.progress import Progress
 
 T = TypeVar("T")
 R = TypeVar("R")
 
 
 @dataclass(frozen=True)
-class Progress:
-    """phase: what is running now, in words. done, total: of this phase."""
+class Phase:
+    """name: what is running now, in words. done, total: how far it is."""
 
-    phase: str
+    name: str
     done: int
     total: int
 
 
 def in_thread(
-    phase: str, result: R, work: Callable[[Report], T]
-) -> Generator[tuple[Progress, R], None, T]:
+    phase: str, result: R, work: Callable[[Progress], T]
+) -> Generator[tuple[Phase, R], None, T]:
     """Runs `work(report)` in a thread, yields its progress beside `result` and returns its value;
     closing stops it at its next report."""
-    events: queue.SimpleQueue[Progress | None] = queue.SimpleQueue()
+    events: queue.SimpleQueue[Phase | None] = queue.SimpleQueue()
     stop, value = threading.Event(), Future[T]()
 
     def report(done: int, total: int) -> None:
         if stop.is_set():
             raise Cancelled("Stopped.")
-        events.put(Progress(phase, done, total))
+        events.put(Phase(phase, done, total))
 
     def run() -> None:
         try:
@@ -48,8 +48,8 @@ def in_thread(
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
     try:
-        while progress := events.get():
-            yield progress, result
+        while at := events.get():
+            yield at, result
         return value.result()
     finally:
         stop.set()

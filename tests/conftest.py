@@ -36,7 +36,7 @@ from tapt.core.errors import HubError, PackError
 from tapt.core.losses import Statistics, TokenStatistics
 from tapt.core.prompts import PromptConfig, init_prompts
 from tapt.data import LabelledImages
-from tapt.defenses import Defense, PreparedDefense, base, find_defenses, register
+from tapt.defenses import Defense, PreparedDefense, base, find_defense, register
 from tapt.model import Model
 from tapt.packs.backbones import load_backbone
 from tapt.packs.card import write_pack
@@ -165,7 +165,7 @@ def toy_model(backbone: Backbone, design: str = "VLI", **changes: object) -> Mod
 
 def prepared(clip: PromptedClip, name: str, **settings: object) -> PreparedDefense:
     """A defence with few views, whatever else it has."""
-    (defense,) = find_defenses([name])
+    defense = find_defense(name)
     fields = defense.settings.model_fields
     few = {k: v for k, v in {"views": 8, "keep": 0.25, "lr": 0.02}.items() if k in fields}
     return defense.prepare(clip, defense.settings(**{**few, **settings}))

@@ -20,7 +20,7 @@ from tapt.core.errors import BackboneError, InputError, PackError
 from tapt.core.images import to_float, to_uint8
 from tapt.core.views import image_seeds
 from tapt.data.names import names_text, parse_classes
-from tapt.defenses import ImageBatch, find_defenses
+from tapt.defenses import ImageBatch, find_defense, find_defenses
 from tapt.model import QUICK, Model, load
 from tapt.packs.format import save_pack
 
@@ -44,10 +44,10 @@ def test_results_come_in_order_and_the_last_pair_is_complete(model, image):
         data = json.loads(json.dumps(result.to_dict()))["results"]  # results so far are an object
         here = [(n, k) for n, answers in data.items() for k, v in answers.items() if v is not None]
         answered += [answer for answer in here if answer not in answered]
-        phases += [] if progress.phase in phases else [progress.phase]
+        phases += [] if progress.name in phases else [progress.name]
         assert 0 <= progress.done <= progress.total
         assert str(result)
-        assert result.finished is (progress.phase == "finished")
+        assert result.finished is (progress.name == "finished")
     names, titles = zip(*((row.name, row.title) for row in find_defenses()), strict=True)
     assert answered[:2] == [("clip", "clean"), ("clip", "attacked")]
     assert set(answered) == {(n, k) for n in names for k in ("clean", "attacked")}
@@ -186,7 +186,7 @@ def test_closing_the_generator_stops_the_computation(model, image, phase, attack
     running = model.compare_steps(image, TOY_CLASSES, attack=attack, settings=settings)
     before = set(threading.enumerate())
     for progress, _ in running:
-        if progress.phase == phase and progress.done:
+        if progress.name == phase and progress.done:
             break
     (worker,) = set(threading.enumerate()) - before
     running.close()
@@ -312,7 +312,7 @@ def test_a_pack_brings_its_backbone_along(toy, toy_folder, tmp_path):
         assert model.backbone.sha256 == toy.sha256
         assert model.pack.trained
         assert model.origins == (None, None)
-        assert model.settings(find_defenses(["tapt"])[0]).views == 6
+        assert model.settings(find_defense("tapt")).views == 6
     assert not load(own, device="cpu").pack.trained
     for options, error, sentence in (
         ({"name": "tiny/vli", "backbone": "tiny"}, InputError, "not both"),

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tapt.core.clip import PromptedClip
 from tapt.core.images import to_float, to_picture, to_uint8
-from tapt.defenses import changes, context, dbd, features, find_defenses, tapt
+from tapt.defenses import changes, context, dbd, features, find_defense, tapt
 from tapt.defenses.base import ImageBatch, PreparedDefense
 
 NAMES = ["tpt", "rtpt", "sstpt", "ttc", "dbd", "tapt-ensemble"]
@@ -27,7 +27,7 @@ SMALL = {
 
 
 def prepare(clip: PromptedClip, name: str, **settings: object) -> PreparedDefense:
-    (row,) = find_defenses([name])
+    row = find_defense(name)
     return row.prepare(clip, row.settings(**{**SMALL.get(name, {}), **settings}))
 
 

@@ -508,7 +508,7 @@ def test_closing_a_run_ends_its_computation(service: Service, monkeypatch: pytes
     runs = Runs(service, "/nowhere")
     before = set(threading.enumerate())
     running = runs.compare(runs.request(values_of(attack="pgd", steps=5000)))
-    assert any(progress and progress.phase == "attack" for progress, _ in running)
+    assert any(progress and progress.name == "attack" for progress, _ in running)
     workers = set(threading.enumerate()) - before
     assert workers
     running.close()

@@ -55,7 +55,7 @@ class Case:
         self.name = self.spec["defense"]
         own = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
         self.expected = own
-        (row,) = base.find_defenses([self.name])
+        row = base.find_defense(self.name)
         fields = {k: v for k, v in self.spec.items() if k in row.settings.model_fields}
         self.settings = row.settings(**fields)
         classes, template = tuple(self.spec["classes"]), self.spec["template"]

@@ -49,7 +49,7 @@ def test_it_fills_in_and_stops(model, image, flips):
     lengths = []
     for progress, result in steps:
         lengths.append(len(result.probabilities["flips"]))
-        if progress.phase == "epsilon 2/255, attack":
+        if progress.name == "epsilon 2/255, attack":
             steps.close()
             break
     assert list(result.answers) == [row.name for row in find_defenses()]

@@ -217,6 +217,11 @@ def all_defenses() -> list[Defense]:
     return list(_REGISTRY.values())
 
 
+def find_defense(name: str) -> Defense:
+    """The defence of this name; `InputError` as of `find_defenses`."""
+    return find_defenses([name])[0]
+
+
 def find_defenses(names: Sequence[str] | None = None) -> list[Defense]:
     """The defences of these names; without names those that answer by default.
 

@@ -11,9 +11,9 @@ from typing import Any
 from tapt.comparison import UNTRAINED, attack_title, versions
 from tapt.core.attacks import Attack
 from tapt.core.errors import InputError
-from tapt.defenses import find_defenses
+from tapt.defenses import find_defense
 from tapt.model import Model, Picture, Task, timed
-from tapt.running import Progress, in_thread
+from tapt.running import Phase, in_thread
 
 EPSILONS = tuple(range(9))
 VARIES = ("epsilon", "epsilon_255", "step_size")
@@ -58,8 +58,8 @@ def sweep_steps(
     attack: Attack | None = None,
     epsilons: Sequence[int] = EPSILONS,
     **options: Any,
-) -> Iterator[tuple[Progress, Sweep]]:
-    """Attacks one picture at every epsilon and yields (progress, curves so far).
+) -> Iterator[tuple[Phase, Sweep]]:
+    """Attacks one picture at every epsilon and yields (phase, curves so far).
 
     Closing the generator stops the computation as in `Model.compare_steps`.
 
@@ -90,14 +90,14 @@ def sweep_steps(
             shown = yield from in_thread(f"{phase}, attack", result, work)
         batch = task.batch(shown)
         for name, defense in task.prepared.items():
-            title = find_defenses([name])[0].title
+            title = find_defense(name).title
             prediction, _ = yield from in_thread(
                 f"{phase}, {title}", result, partial(timed, defense, batch, model)
             )
             probabilities = prediction.probabilities[0]
             result.probabilities[name].append(float(probabilities[true]))
             result.answers[name].append(names[int(probabilities.argmax())])
-        yield Progress("sweep", done, len(epsilons)), result
+        yield Phase("sweep", done, len(epsilons)), result
 
 
 def curve_png(result: Sweep) -> bytes:

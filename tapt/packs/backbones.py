@@ -24,7 +24,8 @@ from tapt.packs.architecture import (
     preprocessor,
     stored_values,
 )
-from tapt.packs.hub import Origin, Progress, Snapshot, Token, parse_id, snapshot
+from tapt.packs.hub import Origin, Snapshot, Token, parse_id, snapshot
+from tapt.progress import Progress
 
 _INSTALLED = Path(__file__).resolve().parents[1] / "_prompts"
 EMBEDDED = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).resolve().parents[2] / "prompts"

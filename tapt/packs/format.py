@@ -26,7 +26,7 @@ from tapt.core.prompts import PromptConfig, Prompts, init_prompts
 from tapt.files import write_file
 from tapt.packs import backbones
 from tapt.packs.backbones import hub_repo, is_public
-from tapt.packs.hub import Origin, Progress, Token, list_models, parse_id, snapshot
+from tapt.packs.hub import Origin, Token, list_models, parse_id, snapshot
 from tapt.packs.schema import (
     FORMAT,
     MAX_CONFIG_BYTES,
@@ -36,6 +36,7 @@ from tapt.packs.schema import (
     read_config,
     read_tensors,
 )
+from tapt.progress import Progress
 
 CONFIG, CARD = "config.json", "README.md"
 PROMPTS, STATISTICS = "prompts.safetensors", "statistics.safetensors"

@@ -16,9 +16,9 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 
 from tapt.core.errors import HubError
-from tapt.core.tuning import Progress
 from tapt.files import file_sha256, git_sha1, write_file
 from tapt.packs.client import Unavailable, ask_hub
+from tapt.progress import Progress
 
 _ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?", re.ASCII)
 

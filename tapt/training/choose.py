@@ -21,15 +21,22 @@ from torch import Tensor
 from tapt.core.attacks import Attack, attack_images
 from tapt.core.clip import PromptedClip
 from tapt.core.errors import InputError
-from tapt.core.tuning import Progress
 from tapt.core.views import image_seeds
 from tapt.data import LabelledImages
-from tapt.defenses import Defense, ImageBatch, PreparedDefense, find_defenses, list_defenses
+from tapt.defenses import (
+    Defense,
+    ImageBatch,
+    PreparedDefense,
+    find_defense,
+    find_defenses,
+    list_defenses,
+)
 from tapt.defenses.base import images_per_pass
 from tapt.files import check_output, json_lines
 from tapt.model import Model
 from tapt.packs.format import Pack
 from tapt.processes import start_processes
+from tapt.progress import Progress, quiet
 from tapt.training.batches import TrainConfig, TrainingData, split_data
 from tapt.training.statistics import fingerprint
 
@@ -46,7 +53,7 @@ def choose_settings(
     defenses: Sequence[str] | None = None,
     images: int = 160,
     steps: int = 10,
-    on_progress: Progress = lambda done, total: None,
+    on_progress: Progress = quiet,
 ) -> Pack:
     """The model's pack with chosen settings, and in `training` how they were chosen.
 
@@ -172,7 +179,7 @@ def _marked(
     """A row of the pack's table, with the settings by which it differs from the new ones."""
     if row["defense"] not in test_time:
         return row
-    (defense,) = find_defenses([row["defense"]])
+    defense = find_defense(row["defense"])
     old = model.settings(defense, row.get("settings")).model_dump(mode="json")
     new = defense.settings(**test_time[row["defense"]]).model_dump(mode="json")
     changed = {name: value for name, value in old.items() if new[name] != value}

@@ -19,13 +19,13 @@ from tapt.comparison import Comparison
 from tapt.core.errors import InputError
 from tapt.evaluation.sweep import Sweep, sweep_steps
 from tapt.model import Model
-from tapt.running import Progress, in_thread
+from tapt.running import Phase, in_thread
 from tapt.ui import on_gpu
 from tapt.ui.inputs import Request, in_words, read_request, refusal
 from tapt.ui.service import Service
 
 T = TypeVar("T")
-Steps = Generator[tuple[Progress, Any], None, None]
+Steps = Generator[tuple[Phase, Any], None, None]
 BEAT = 0.2
 MAX_WAITING = 24
 # of gradio's own, for events that run; each waits for its turn here, since a download must not
@@ -48,7 +48,7 @@ class Runs:
         """A checked request; raises `InputError`."""
         return read_request(values, self.uploads)
 
-    def compare(self, request: Request) -> Iterator[tuple[Progress | None, Comparison | None]]:
+    def compare(self, request: Request) -> Iterator[tuple[Phase | None, Comparison | None]]:
         """Progress beside what is there by then, which may be read while the run goes on; no
         progress where the next step takes its time. Raises gradio's errors alone.
 
@@ -60,13 +60,13 @@ class Runs:
                 self.service.remember(request, result)
             yield progress, result
 
-    def sweep(self, request: Request) -> Iterator[tuple[Progress | None, Sweep | None]]:
+    def sweep(self, request: Request) -> Iterator[tuple[Phase | None, Sweep | None]]:
         """The same for a sweep over the request's epsilons."""
         if request.attack is None:
             raise refusal("Choose an attack first: a sweep shows what more of it does.")
         yield from self._run(request, sweeps=True)
 
-    def load(self, backbone: str, pack: str) -> Generator[tuple[Progress, None], None, Model]:
+    def load(self, backbone: str, pack: str) -> Generator[tuple[Phase, None], None, Model]:
         """Loads a model beside all that runs, and returns it."""
 
         def load(report: Callable[[int, int], None]) -> Model:
@@ -74,7 +74,7 @@ class Runs:
 
         return (yield from in_thread("download", None, load))
 
-    def _run(self, request: Request, sweeps: bool) -> Iterator[tuple[Progress | None, Any]]:
+    def _run(self, request: Request, sweeps: bool) -> Iterator[tuple[Phase | None, Any]]:
         def work() -> Steps:
             yield from self.load(request.fields.backbone, request.fields.pack)  # not in a fork
             if len(self._line) >= MAX_WAITING:
@@ -83,7 +83,7 @@ class Runs:
             self._line.append(place)
             try:
                 while ahead := self._line.index(place):
-                    yield Progress("waiting", ahead, 0), None
+                    yield Phase("waiting", ahead, 0), None
                     time.sleep(BEAT / 4)
                 with closing(self._on_gpu(request, sweeps)) as steps:
                     yield from steps

@@ -12,30 +12,42 @@ from torch import Tensor
 from tapt.comparison import Answer, Comparison
 from tapt.core.images import to_float, to_picture
 from tapt.core.views import image_seeds
-from tapt.defenses import ImageBatch, find_defenses
+from tapt.defenses import ImageBatch, find_defense
 from tapt.ui.pictures import change_figure, image
 
 SHOWN, FEW = 16, 12  # views; values of a list
 Trace = Mapping[str, Any]
 
 
-def how(result: Comparison, name: str) -> str:
-    """Everything that there is of a defence's answers: settings, views, losses, values."""
+def how(result: Comparison, name: str, batches: Mapping[str, ImageBatch]) -> str:
+    """Everything that there is of a defence's answers: settings, views, losses, values.
+
+    batches: of `shown_batches`, for all defences of a result.
+    """
     settings = result.settings["test_time"][name]
     parts = [f"<p>Settings: {escape(_value(settings))}.</p>"] if settings else []
     for kind, word in (("clean", "original"), ("attacked", "attacked")):
-        answer, pixels = getattr(result[name], kind), getattr(result, kind)
+        answer = getattr(result[name], kind)
         if answer is not None and answer.trace:
-            body = _one(result, name, pixels, answer)
+            body = _one(result, name, batches[kind], answer)
             parts.append(f"<section><h3>On the {word} picture</h3>{body}</section>")
     return "".join(parts) or "<p>One pass, nothing tuned or chosen.</p>"
 
 
-def _one(result: Comparison, name: str, pixels: Tensor, answer: Answer) -> str:
+def shown_batches(result: Comparison) -> dict[str, ImageBatch]:
+    """The original and the attacked picture, as the defences got them."""
+    kinds = {"clean": result.clean, "attacked": result.attacked}
+    seeds = image_seeds(result.settings["seed"], [0])
+    return {k: ImageBatch(to_float(x)[None], seeds) for k, x in kinds.items() if x is not None}
+
+
+def _one(result: Comparison, name: str, batch: ImageBatch, answer: Answer) -> str:
     settings, trace = result.settings["test_time"][name], dict(answer.trace)
     parts = []
     if trace.get("entropies"):
-        parts.append(_views(trace, _thumbnails(result, name, pixels)))
+        row = find_defense(name)  # views as the defence saw them, where it says which
+        views = row.views and row.views(batch, row.settings(**settings))[0]
+        parts.append(_views(trace, views))
     if isinstance(before := trace.get("before"), Mapping):
         depth = result.settings["prompts"]["visual_depth"]
         after = trace.pop("after", None) if settings.get("steps") else None
@@ -67,7 +79,7 @@ def table(
     )
 
 
-def _views(trace: dict[str, Any], thumbnails: Sequence[str]) -> str:
+def _views(trace: dict[str, Any], views: Tensor | None) -> str:
     """Takes what there is of every view, or of every kept one, out of the trace."""
     count, kept = len(trace["entropies"]), list(trace.pop("kept", None) or ())
     columns: dict[str, dict[int, float]] = {}
@@ -78,7 +90,7 @@ def _views(trace: dict[str, Any], thumbnails: Sequence[str]) -> str:
                 columns[_said(name)] = dict(zip(index, trace.pop(name), strict=True))
     order = [*kept, *(index for index in range(count) if index not in kept)][:SHOWN]
     items = "".join(
-        f"<li{' class=t-kept' if index in kept else ''}>{thumbnails[index] if thumbnails else ''}"
+        f"<li{' class=t-kept' if index in kept else ''}>{_thumbnail(views, index)}"
         + f"<strong>{f'view {index}' if index else 'the picture'}"
         + f"{', kept' if index in kept else ''}</strong>"
         + "".join(f"<br>{name} {v[index]:.3g}" for name, v in columns.items() if index in v)
@@ -93,17 +105,12 @@ def _views(trace: dict[str, Any], thumbnails: Sequence[str]) -> str:
     )
 
 
-def _thumbnails(result: Comparison, name: str, pixels: Tensor) -> list[str]:
-    """The views as the defence saw them, where it says which."""
-    (row,) = find_defenses([name])
-    if row.views is None:
-        return []
-    batch = ImageBatch(to_float(pixels)[None], image_seeds(result.settings["seed"], [0]))
-    views = row.views(batch, row.settings(**result.settings["test_time"][name]))[0]
-    pictures = [to_picture((view * 255).round().to(torch.uint8)) for view in views]
-    for picture in pictures:
-        picture.thumbnail((48, 48))
-    return [image(picture, "", "WEBP") for picture in pictures]
+def _thumbnail(views: Tensor | None, index: int) -> str:
+    if views is None:
+        return ""
+    picture = to_picture((views[index] * 255).round().to(torch.uint8))
+    picture.thumbnail((48, 48))
+    return image(picture, "", "WEBP")
 
 
 def _losses(before: Trace, after: Trace | None, settings: Trace, depth: int) -> str:

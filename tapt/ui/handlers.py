@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -20,7 +21,7 @@ from tapt.defenses import all_defenses, find_defenses
 from tapt.evaluation.sweep import Sweep
 from tapt.model import Model
 from tapt.ui import curves, evidence, inputs, known, links, render, results, take
-from tapt.ui.background import Runs, with_heartbeat
+from tapt.ui.background import BEAT, Runs, with_heartbeat
 from tapt.ui.service import Service
 
 Raw = Mapping[Any, Any]
@@ -95,14 +96,16 @@ class Handlers:
     ) -> Iterator[Updates]:
         """What `show` makes of a run's results whenever there are more of them."""
         with inputs.in_words():
-            request, before = self.runs.request(self.values(raw)), None
+            request, before, told = self.runs.request(self.values(raw)), None, 0.0
             yield {**first, self.shown[stop]: _visible(True)}
             for at, result in run(request):
-                _report(progress, at)
                 now = (_filled(result.answers), vars(result).get("finished")) if result else before
+                if now == before and time.monotonic() - told < BEAT:
+                    continue  # each word to the browser costs the run some time
+                _report(progress, at)
                 # where Stop takes hold
                 yield {self.shown[stop]: gr.skip()} if now == before else show(request, result)
-                before = now
+                before, told = now, time.monotonic()
             yield {self.shown[stop]: _visible(False)}
 
     def faults(self, raw: Raw) -> list[dict]:
@@ -287,9 +290,9 @@ def _filled(answers: Mapping[str, Any]) -> int:
 def _report(progress: gr.Progress, at: Any) -> None:
     if at is None:
         return
-    phase, done, unit = PHASES.get(at.phase, at.phase), at.done, "steps"
-    if at.phase == "download":
+    phase, done, unit = PHASES.get(at.name, at.name), at.done, "steps"
+    if at.name == "download":
         unit = "bytes"
-    if at.phase == "waiting":
+    if at.name == "waiting":
         phase, done = f"Waiting for {done} run{'s' * (done > 1)}", 0
     progress((done, max(1, at.total)), desc=phase, unit=unit)

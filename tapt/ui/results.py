@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from html import escape
 
 from tapt.comparison import Answer, Comparison
 from tapt.core.attacks import METHODS
 from tapt.core.images import to_picture
-from tapt.defenses import Defense, find_defenses
-from tapt.ui.details import how
+from tapt.defenses import Defense, ImageBatch, find_defenses
+from tapt.ui.details import how, shown_batches
 from tapt.ui.pictures import change_figure, figure, slider
 from tapt.ui.render import cut, sees
 
+Batches = Mapping[str, ImageBatch]
 TOP = 5
 WAITING, NOT_RUN, STOPPED = "…", "not run", "Stopped."
 SIGNS = {
@@ -33,7 +35,9 @@ def results(result: Comparison) -> str:
         heads["last"] = heads.pop("first")
     cells = "".join(f'<th scope="col" class="t-{k}">{head}</th>' for k, head in heads.items())
     cells += '<th scope="col" class="t-it" aria-label="Attack this one"></th>'
-    body = "".join(_row(result, row, len(heads) + 1) for row in find_defenses(list(result.answers)))
+    batches = shown_batches(result) if result.finished else {}
+    rows = find_defenses(list(result.answers))
+    body = "".join(_row(result, row, len(heads) + 1, batches) for row in rows)
     return (
         f'<table class="t-table"><caption>{_caption(result)}</caption>'
         f"<thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table>"
@@ -41,7 +45,7 @@ def results(result: Comparison) -> str:
     )
 
 
-def _row(result: Comparison, defense: Defense, width: int) -> str:
+def _row(result: Comparison, defense: Defense, width: int, batches: Batches) -> str:
     name, answers, title = defense.name, result[defense.name], escape(result.title(defense.name))
     last, word = answers.attacked, result.state(name)
     cells = [f'<td class="t-first">{_cell(answers.clean)}</td>', f"<td>{_cell(last, word)}</td>"]
@@ -61,7 +65,9 @@ def _row(result: Comparison, defense: Defense, width: int) -> str:
         f'<button type="button" data-attack="{escape(victim)}" title="Attack this one" '
         f'aria-label="Attack {title}">◎</button>'
     )
-    more = _fives(result, name) + how(result, name) if result.finished else f"<p>{WAITING}</p>"
+    more = f"<p>{WAITING}</p>"
+    if result.finished:
+        more = _fives(result, name) + how(result, name, batches)
     return (
         f'<tr><th scope="row"><details><summary>{title}{seen}</summary></details></th>'
         + "".join([*cells, f'<td class="t-it">{button}</td></tr>'])

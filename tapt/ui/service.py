@@ -16,12 +16,13 @@ from tapt.comparison import UNTRAINED, Comparison
 from tapt.core.backbone import Backbone
 from tapt.core.errors import InputError
 from tapt.core.prompts import PromptConfig
-from tapt.defenses import find_defenses
+from tapt.defenses import find_defense, find_defenses
 from tapt.defenses.adaptive import is_adaptive
 from tapt.model import QUICK, VICTIM, Changes, Model, load
 from tapt.packs.backbones import OPENAI_NAMES, embedded_backbones, is_public, load_backbone
 from tapt.packs.format import Pack, hub_packs, list_packs, load_pack, untrained_pack
-from tapt.packs.hub import Origin, Progress, Token, parse_id
+from tapt.packs.hub import Origin, Token, parse_id
+from tapt.progress import Progress
 from tapt.ui.inputs import Request
 
 REMEMBERED_BACKBONES = 2  # beside the first
@@ -278,7 +279,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _passes(model: Model, defense: str, changes: Changes) -> int:
     """About how many passes an answer takes: its views, again at every step."""
-    own = model.settings(find_defenses([defense])[0], changes).model_dump()
+    own = model.settings(find_defense(defense), changes).model_dump()
     views, steps = own.get("views"), own.get("steps")
     seen = views if isinstance(views, int) else 1
     return seen * (1 + (steps if isinstance(steps, int) else 0))

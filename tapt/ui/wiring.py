@@ -19,12 +19,12 @@ QUIET: dict[str, Any] = {**HIDDEN, "queue": False}
 
 def wire(handlers: Handlers, page: gr.Blocks) -> None:
     """Binds every component of the page to its handler."""
-    _wire_runs(handlers)
-    _wire_inputs(handlers, page)
+    run = _wire_runs(handlers)
+    _wire_inputs(handlers, page, run)
     _wire_model(handlers)
 
 
-def _wire_runs(handlers: Handlers) -> None:
+def _wire_runs(handlers: Handlers) -> Any:
     shown, every = handlers.shown, list(handlers.fields.values())
     # first: gradio comes to it when the run has ended otherwise
     shown["run"].click(None, every, js=ASKED, **QUIET)
@@ -36,6 +36,7 @@ def _wire_runs(handlers: Handlers) -> None:
     _wire_run(handlers, "-sweep", handlers.sweep, "falls curves points stop-sweep")
     changes = [component.change for component in every]
     gr.on(changes, None, every, shown["stale"], js=STALE, **QUIET)
+    return event
 
 
 def _wire_run(handlers: Handlers, suffix: str, fn: Any, outputs: str) -> Any:
@@ -58,7 +59,7 @@ def _wire_run(handlers: Handlers, suffix: str, fn: Any, outputs: str) -> Any:
     return event
 
 
-def _wire_inputs(handlers: Handlers, page: gr.Blocks) -> None:
+def _wire_inputs(handlers: Handlers, page: gr.Blocks, run: Any) -> None:
     fields, shown = handlers.fields, handlers.shown
     image, raw = fields["image"], {**QUIET, "preprocess": False}
     pictures = [image, shown["picture"]]
@@ -71,14 +72,9 @@ def _wire_inputs(handlers: Handlers, page: gr.Blocks) -> None:
     follow = ["epsilon", "attacked_model", "step_size", "target", "true_class", "defenses"]
     outputs = [shown[name] for name in ("chips", "names", "plan", "attack-note")]
     outputs += [*(fields[name] for name in follow), *shown["folds"].values()]
-    gr.on(
-        [page.load, shown["sentence"].change, *changes],
-        handlers.refresh,
-        set(fields.values()),
-        outputs,
-        trigger_mode="always_last",
-        **raw,
-    )
+    refresh: Any = (handlers.refresh, set(fields.values()), outputs)
+    gr.on([page.load, *changes], *refresh, trigger_mode="always_last", **raw)
+    run.then(*refresh, **raw)  # the run has shown how long things take
     preset, classes = shown["preset"], fields["class_names"]
     shown["chips"].click(handlers.remove, classes, classes, **HIDDEN)
     preset.select(handlers.preset, [preset, fields["backbone"]], classes, **HIDDEN)
