@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
@@ -22,6 +23,8 @@ def start_processes(device: str | torch.device | None = None) -> PartialState:
     from accelerate import PartialState
 
     cpu = device is not None and torch.device(device).type == "cpu"
+    if device is None and "WORLD_SIZE" in os.environ:
+        cpu = not torch.cuda.is_available()  # else each process would take itself for the only one
     # the shares of an evaluation end hours apart
     return PartialState(cpu=cpu, timeout=timedelta(days=30))
 

@@ -42,7 +42,7 @@ def test_evaluation_survives_kill_and_other_numbers_of_processes(toy_folder: Pat
     """One process to the end, and one killed and continued by two in other batches."""
     data = write_noise(tmp_path / "data", 1)
     common = (
-        f"evaluate --backbone local-dir:{toy_folder} --device cpu --data {data} --views 6 "
+        f"evaluate --backbone local-dir:{toy_folder} --data {data} --views 6 "
         "--attacked static,deployed --defenses static,tapt --epsilon 4/255 --steps 1 --judging 1 "
         "--rescore 2"
     )
@@ -58,3 +58,5 @@ def test_evaluation_survives_kill_and_other_numbers_of_processes(toy_folder: Pat
     assert table(broken) == table(whole)
     assert len(table(whole)) == 2 * (2 + 1)
     assert outcomes.read_bytes().startswith(first)
+    once = (whole / "outcomes.jsonl").read_bytes().splitlines()
+    assert len(outcomes.read_bytes().splitlines()) == len(once)  # no process did another's work

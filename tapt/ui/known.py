@@ -33,7 +33,7 @@ class Example(NamedTuple):
 
 EXAMPLES = [
     Example("Horse", "tuxpaint-gpl2/horse.png", "horse"),
-    Example("Frog", "tuxpaint-gpl2/frog.png", "frog"),
+    Example("Frog", "tuxpaint-gpl2/frog.png", "frog", "frog, cat, mushroom, orange, ship"),
     Example("Truck", "tuxpaint-gpl2/fire-truck.png", "fire truck", "fire truck, ship, pizza, dog"),
     Example("Coffee", "coffee.png", "espresso", "espresso, teapot, plate, ice cream, frying pan"),
     Example("Rocket", "rocket.png", "rocket", "rocket, banana, cathedral, person, tree"),
