@@ -43,7 +43,9 @@ def test_both_paths_and_their_table(toy_folder: Path):
         assert numbers["total"] == pytest.approx(sum(numbers["seconds"].values()), rel=0.5)
         assert numbers["peak"] >= numbers["above"] >= 0
     assert few["ratios"][module.DIFFERENCE] < 1e-4
-    assert all(value > 0 for value in few["ratios"].values())
+    # in one process the memory may not grow, and the logits may be the same to the last bit
+    assert all(value >= 0 for value in few["ratios"].values())
+    assert few["ratios"]["straightforward / fast, seconds"] > 0
     assert list(many["measured"]) == ["fast"]
     assert many["measured"]["fast"]["flop"] > few["measured"]["fast"]["flop"]
     assert module.mistakes(rows) == []
