@@ -22,9 +22,10 @@ def start_processes(device: str | torch.device | None = None) -> PartialState:
     """
     from accelerate import PartialState
 
-    cpu = device is not None and torch.device(device).type == "cpu"
-    if device is None and "WORLD_SIZE" in os.environ:
-        cpu = not torch.cuda.is_available()  # else each process would take itself for the only one
+    if device is None:  # without a GPU each process would take itself for the only one
+        cpu = "WORLD_SIZE" in os.environ and not torch.cuda.is_available()
+    else:
+        cpu = torch.device(device).type == "cpu"
     # the shares of an evaluation end hours apart
     return PartialState(cpu=cpu, timeout=timedelta(days=30))
 

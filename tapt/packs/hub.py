@@ -18,7 +18,7 @@ from huggingface_hub.utils import hf_raise_for_status, validate_repo_id
 from tapt.core.errors import HubError
 from tapt.files import file_sha256, git_sha1, write_file
 from tapt.packs.client import Unavailable, ask_hub
-from tapt.progress import Progress
+from tapt.progress import Progress, quiet
 
 _ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?", re.ASCII)
 
@@ -119,7 +119,7 @@ def snapshot(
     try:
         if unreachable:
             raise Unavailable(unreachable)
-        fetched = _fetch(where, limits, token, progress or (lambda done, total: None))
+        fetched = _fetch(where, limits, token, progress or quiet)
     except Unavailable as error:
         if cached and cached.is_intact():
             return replace(cached, origin=replace(cached.origin, unreachable=error.reason))

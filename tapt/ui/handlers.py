@@ -67,14 +67,14 @@ class Handlers:
 
     def _compared(self, request: inputs.Request, result: Comparison) -> Updates:
         shown, counts = self.shown, result.counts()
-        sentence, updates = f"So far {counts}." if counts else "Running…", Updates()
+        sentence = f"So far {counts}." if counts else "Running…"
+        updates: Updates = {shown["rows"]: results.results(result)}
         if result.finished:
             sentence = f"{result.verdict()} Done in {result.seconds['total']:.1f} s."
             link = links.to_link(request.values, to_picture(result.clean))
             taken = take.take_away(result, link, request.fields.settings or {})
-            updates = {shown["pictures"]: results.pictures(result), shown["take"]: taken}
-        told = {shown["sentence"]: render.note(sentence), shown["rows"]: results.results(result)}
-        return {**told, **updates}
+            updates |= {shown["pictures"]: results.pictures(result), shown["take"]: taken}
+        return {shown["sentence"]: render.note(sentence), **updates}
 
     def sweep(self, raw: Raw, progress: gr.Progress = PROGRESS) -> Iterator[Updates]:
         """The curves as they grow."""
@@ -96,16 +96,16 @@ class Handlers:
     ) -> Iterator[Updates]:
         """What `show` makes of a run's results whenever there are more of them."""
         with inputs.in_words():
-            request, before, told = self.runs.request(self.values(raw)), None, 0.0
+            request, before, sent = self.runs.request(self.values(raw)), None, 0.0
             yield {**first, self.shown[stop]: _visible(True)}
             for at, result in run(request):
                 now = (_filled(result.answers), vars(result).get("finished")) if result else before
-                if now == before and time.monotonic() - told < BEAT:
+                if now == before and time.monotonic() - sent < BEAT:
                     continue  # each word to the browser costs the run some time
                 _report(progress, at)
                 # where Stop takes hold
                 yield {self.shown[stop]: gr.skip()} if now == before else show(request, result)
-                before, told = now, time.monotonic()
+                before, sent = now, time.monotonic()
             yield {self.shown[stop]: _visible(False)}
 
     def faults(self, raw: Raw) -> list[dict]:

@@ -6,7 +6,7 @@ import argparse
 import ctypes
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -16,7 +16,8 @@ from tapt.core.errors import TaptError
 if TYPE_CHECKING:
     import gradio as gr
 
-Progress = Callable[[int, int], None]
+    from tapt.progress import Progress
+
 OPTIONS = (
     (
         "--host",

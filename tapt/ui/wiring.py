@@ -64,8 +64,7 @@ def _wire_inputs(handlers: Handlers, page: gr.Blocks, run: Any) -> None:
     image, raw = fields["image"], {**QUIET, "preprocess": False}
     pictures = [image, shown["picture"]]
     # queued, since the browser shows no word of a call that is not
-    told = {**HIDDEN, "preprocess": False}
-    image.upload(handlers.picture, pictures, pictures, **told)
+    image.upload(handlers.picture, pictures, pictures, preprocess=False, **HIDDEN)
     names = ["class_names", "backbone", "attack", "attacked_model", "epsilon", "steps", "defenses"]
     names += [name for name in fields if name.endswith(".views")]
     changes = [fields[name].change for name in names]
@@ -113,5 +112,5 @@ def _wire_model(handlers: Handlers) -> None:
     pack.focus(handlers.packs, [backbone, pack], pack, preprocess=False, **HIDDEN)
     condition = shown["condition"]
     condition.change(handlers.chart, [condition, former], shown["chart"], **QUIET)
-    told = {**HIDDEN, "trigger_mode": "always_last"}
-    shown["link"].click(handlers.restore, None, [*fields.values(), former], **told)
+    every = [*fields.values(), former]
+    shown["link"].click(handlers.restore, None, every, trigger_mode="always_last", **HIDDEN)
